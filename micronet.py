@@ -1,0 +1,2177 @@
+#!/usr/bin/env python3
+"""Train the smallest image classifiers that hold their accuracy: a chain of EfficientNets, each taught by the last.
+
+    b3 -> b3 refined -> b0 -> ex and exx                                                       (CIFAR-100, 32 x 32)
+
+A stage trains one network. From the second stage on a frozen teacher labels the very crop that the student sees
+(label refinery [1, 2]), and the best network of a stage is the teacher of the next. The smallest two, ex and exx,
+have 2,793,064 and 2,418,650 parameters and score 0.0748 and 0.0668 by the authors' count (`score` computes it); the
+authors report 80.12 % and 80.14 % top-1 for them [1]. What this program has measured itself stands in README.md.
+
+    micronet.py chain                           train all stages, teachers first, skipping what is finished
+    accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3         train one stage
+    micronet.py evaluate ckpt/ex/best.safetensors                                  accuracy of a checkpoint
+    micronet.py score                           parameters, operations and MicroNet score of every network
+
+References
+[1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
+[2] Bagherinezhad et al., Label Refinery, arXiv 1805.02641
+[3] Wang et al., Additive Margin Softmax for Face Verification, arXiv 1801.05599
+[4] Tan and Le, EfficientNet, arXiv 1905.11946
+[5] Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507
+[6] Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382
+[7] Smith and Topin, Super-Convergence (one-cycle schedule), arXiv 1708.07120
+[8] Loshchilov and Hutter, SGDR (cosine schedule), arXiv 1608.03983
+[9] The MicroNet Challenge, NeurIPS 2019: score relative to WideResNet-28-10
+
+Dimensions in shape comments: N batch, C channels, H height, W width, K classes, D embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import rich.box
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+if __name__ == "__main__" and not TYPE_CHECKING:
+    # The program's own copy of this file only parses, checks and prints, which must not wait seconds for torch:
+    # its Networks room stays a shell, and commands that compute run in the module `micronet` (see `command`).
+    nn = SimpleNamespace(Module=object, Sequential=object)
+else:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__version__ = "0.1.0"
+
+
+class Failure(Exception):
+    """A failure that the user can mend: one line on the screen and an exit code, never a traceback."""
+
+    exit_code = 1
+
+
+class Misconfigured(Failure):
+    """What was asked for makes no sense: stages.toml, the command line or the launch configuration."""
+
+    exit_code = 2
+
+
+class Refused(Failure):
+    """A file (checkpoint, data, teacher) is not what it should be."""
+
+    exit_code = 3
+
+
+# ------------------------------------------------------------------------------------------------------------ Stages
+# What is configured. Numbers live in stages.toml, their meaning lives here.
+
+
+class Accepts(NamedTuple):
+    """What a key of stages.toml accepts: a test, the words for it in an error, and the value that is kept."""
+
+    test: Callable[[Any], bool]
+    words: Callable[[], str]
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def whole(least: int) -> Accepts:
+    """Accept whole numbers from `least` to a billion (`true` is none)."""
+    return Accepts(
+        lambda v: type(v) is int and least <= v <= 10**9, lambda: f"a whole number of {least} or more"
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether `value` is a finite number, and not a huge integer that no float holds."""
+    return type(value) is int and abs(value) < 2**53 or type(value) is float and math.isfinite(value)
+
+
+def number(test: Callable[[float], bool], words: str) -> Accepts:
+    """Accept finite numbers that pass `test`."""
+    return Accepts(lambda v: is_number(v) and test(v), lambda: f"a number {words}", float)
+
+
+def one_of(names: Callable[[], Collection[str]]) -> Accepts:
+    """Accept one of `names`, which are looked up when needed (they are defined further down)."""
+    return Accepts(lambda v: isinstance(v, str) and v in names(), lambda: "one of " + ", ".join(names()))
+
+
+def some_of(names: Callable[[], Collection[str]]) -> Accepts:
+    """Accept a list of one or more different `names`."""
+
+    def test(value: Any) -> bool:
+        listed = (
+            isinstance(value, list | tuple)
+            and value
+            and all(isinstance(v, str) and v in names() for v in value)
+        )
+        return bool(listed) and len(set(value)) == len(value)
+
+    return Accepts(test, lambda: "a list of one or more of " + ", ".join(names()), tuple)
+
+
+class Schedule(NamedTuple):
+    """A rate that rises linearly to `peak` over `warmup_epochs` and then falls to 0 at the end of the stage."""
+
+    schedule: str
+    peak: float
+    warmup_epochs: float = 0.0
+
+
+SCHEDULES = ("cosine", "one-cycle")
+
+
+def is_rate(value: Any) -> bool:
+    return is_number(value) and 0 < value <= 100
+
+
+def is_lr(value: Any) -> bool:
+    """Tell whether `value` is a list of [last epoch, rate] in rising order, or the table of a `Schedule`."""
+    if isinstance(value, dict):
+        warmup = value.get("warmup_epochs", 0)
+        known = {"schedule", "peak"} <= set(value) <= set(Schedule._fields)
+        return (
+            known
+            and value["schedule"] in SCHEDULES
+            and is_rate(value["peak"])
+            and is_number(warmup)
+            and warmup >= 0
+        )
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    if not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and whole(1).test(pair[0]) for pair in value
+    ):
+        return False
+    return all(is_rate(rate) for _, rate in value) and all(a[0] < b[0] for a, b in zip(value, value[1:]))
+
+
+def to_lr(value: Any) -> Schedule | tuple[tuple[int, float], ...]:
+    """Turn an accepted `lr` into the form that `learning_rate` reads."""
+    if isinstance(value, dict):
+        return Schedule(value["schedule"], float(value["peak"]), float(value.get("warmup_epochs", 0)))
+    return tuple((last, float(rate)) for last, rate in value)
+
+
+LR = Accepts(
+    is_lr,
+    lambda: (
+        "[[last epoch, rate], ...] with rising epochs and rates above 0, or "
+        '{ schedule = "cosine" or "one-cycle", peak = rate above 0, warmup_epochs = 0 or more }'
+    ),
+    to_lr,
+)
+
+
+def key(accepts: Accepts, **default: Any) -> Any:
+    """Declare a key of a stage: what it accepts and, unless every stage must give it, its default."""
+    return field(metadata={"accepts": accepts}, kw_only=True, **default)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run. Each field but `name` is a key of stages.toml; the defaults are the method's recipe [1]."""
+
+    name: str
+    """What stands after `stage.` in stages.toml: letters, digits, - and _."""
+
+    network: str = key(one_of(lambda: NETWORKS))
+    """The architecture, one of `NETWORKS`."""
+
+    width: float | None = key(number(lambda v: 0 < v <= 10, "above 0, at most 10"), default=None)
+    """Multiplier of all channel counts [4]; None is the network's own."""
+
+    depth: float | None = key(number(lambda v: 0 < v <= 10, "above 0, at most 10"), default=None)
+    """Multiplier of all block repeats [4]; None is the network's own."""
+
+    teacher: str | None = key(
+        Accepts(lambda v: isinstance(v, str) and v != "", lambda: "a name or a path"), default=None
+    )
+    """The stage whose best network labels the crops, or the path of a checkpoint; None trains on the true labels."""
+
+    dataset: str = key(one_of(lambda: DATASETS), default="cifar100")
+    """Where the images come from, one of `DATASETS`."""
+
+    train_images: int | None = key(whole(1), default=None)
+    """Train on the first so many images; None is all."""
+
+    test_images: int | None = key(whole(1), default=None)
+    """Test on the first so many images; None is all."""
+
+    views: tuple[str, ...] = key(some_of(lambda: VIEWS), default=("jitter", "jitter-crop", "crop"))
+    """An epoch is the training set once under each of these `VIEWS`, shuffled together."""
+
+    batch_size: int = key(whole(1), default=128)
+    """Images per optimiser step, over all processes."""
+
+    epochs: int = key(whole(1), default=70)
+    """How often all views of the training set are seen."""
+
+    lr: Schedule | tuple[tuple[int, float], ...] = key(
+        LR, default=((25, 0.07), (50, 0.007), (65, 0.0007), (70, 0.00007))
+    )
+    """Learning rate: [last epoch, rate] pairs, or a `Schedule`."""
+
+    momentum: float = key(number(lambda v: 0 <= v < 1, "from 0 to below 1"), default=0.9)
+    """Momentum of SGD (no Nesterov, no dampening)."""
+
+    weight_decay: float = key(number(lambda v: 0 <= v <= 1, "from 0 to 1"), default=1e-4)
+    """L2 penalty on every parameter, per step and unit of rate."""
+
+    scale: float = key(number(lambda v: 0 < v <= 1000, "above 0, at most 1000"), default=5.0)
+    """What the cosines are multiplied by before softmax, in student and teacher; s of [3]."""
+
+    margin: float = key(number(lambda v: 0 <= v <= 2, "from 0 to 2"), default=0.0)
+    """What is subtracted from the true class's cosine, without a teacher; m of [3]."""
+
+    stochastic_depth: float = key(number(lambda v: 0 <= v < 1, "from 0 to below 1"), default=0.0)
+    """Probability that a block with a skip is left out, per image, in training [6]."""
+
+    seed: int = key(whole(0), default=0)
+    """Seed of every random stream of the stage."""
+
+    @property
+    def classes(self) -> int:
+        return DATASETS[self.dataset].classes
+
+    @property
+    def train_size(self) -> int:
+        return self.train_images or DATASETS[self.dataset].train
+
+    @property
+    def test_size(self) -> int:
+        return self.test_images or DATASETS[self.dataset].test
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.train_size * len(self.views) / self.batch_size)
+
+
+KEYS = {f.name: f.metadata["accepts"] for f in fields(Stage) if f.metadata}
+
+
+def load_stages(path: Path) -> dict[str, Stage]:
+    """Read and check the stages of a TOML file, by name and in the file's order.
+
+    Raises Misconfigured with one line that names file, stage, key, what stands there and what is accepted.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Misconfigured(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise Misconfigured(f"{path}: not valid TOML: {' '.join(str(error).split())}") from None
+    defaults, tables = document.pop("defaults", {}), document.pop("stage", {})
+    for unknown in document:
+        raise Misconfigured(f"{path}: {shown(unknown)}: unknown; accepted: [defaults] and [stage.NAME]")
+    if not isinstance(tables, dict) or not tables:
+        raise Misconfigured(f"{path}: no stage; expected a table [stage.NAME] for each")
+    defaults = checked_table(f"{path}: [defaults]", defaults)
+    stages = {
+        name: stage_from(f"{path}: stage {name}", name, table, defaults) for name, table in tables.items()
+    }
+    for stage in stages.values():
+        check_teacher(path, stage, stages)
+    return stages
+
+
+def checked_table(where: str, table: Any) -> dict[str, Any]:
+    """Check every key of a table and convert its values; raises Misconfigured."""
+    if not isinstance(table, dict):
+        raise Misconfigured(f"{where}: {shown(table)}: expected a table")
+    for name, value in table.items():
+        if name not in KEYS:
+            raise Misconfigured(f"{where}: {shown(name)}: unknown key; accepted: {', '.join(KEYS)}")
+        if not KEYS[name].test(value):
+            raise unacceptable(where, name, value, KEYS[name].words())
+    return {name: KEYS[name].convert(value) for name, value in table.items()}
+
+
+def stage_from(where: str, name: str, table: Any, defaults: dict[str, Any]) -> Stage:
+    """Build a stage from its table over the checked defaults, and check what only the whole can tell."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise Misconfigured(f"{where}: a stage's name is made of up to 64 letters, digits, - and _")
+    values = defaults | checked_table(where, table)
+    if "network" not in values:
+        raise Misconfigured(f"{where}: network is missing; accepted: {', '.join(NETWORKS)}")
+    stage = Stage(name, **values)
+    data = DATASETS[stage.dataset]
+    if stage.train_size > data.train:
+        raise unacceptable(
+            where, "train_images", stage.train_images, f"at most {data.train}, what {stage.dataset} has"
+        )
+    if stage.test_size > data.test:
+        raise unacceptable(
+            where, "test_images", stage.test_images, f"at most {data.test}, what {stage.dataset} has"
+        )
+    if stage.batch_size > stage.train_size:
+        raise unacceptable(
+            where, "batch_size", stage.batch_size, f"at most the {stage.train_size} training images"
+        )
+    if isinstance(stage.lr, Schedule):
+        if stage.lr.warmup_epochs >= stage.epochs:
+            raise unacceptable(
+                where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}"
+            )
+    elif stage.lr[-1][0] < stage.epochs:
+        raise unacceptable(where, "lr", stage.lr, f"rates up to the last epoch, {stage.epochs}")
+    return stage
+
+
+def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
+    """Raise Misconfigured unless the stage's teacher exists, is not its own pupil and speaks its language."""
+    if stage.teacher is None:
+        return
+    where = f"{path}: stage {stage.name}"
+    lineage = [stage.name]
+    while (name := stages[lineage[-1]].teacher) in stages:
+        lineage.append(name)
+        if name in lineage[:-1]:
+            raise unacceptable(
+                where, "teacher", stage.teacher, f"no cycle, but it goes {' -> '.join(lineage)}"
+            )
+    if stage.teacher in stages:
+        teacher = stages[stage.teacher]
+    elif is_path(stage.teacher):
+        try:
+            teacher = trained_stage(Path(stage.teacher), read_metadata(Path(stage.teacher)))
+        except Refused as error:
+            raise unacceptable(where, "teacher", stage.teacher, f"a checkpoint ({error})") from None
+    else:
+        others = ", ".join(name for name in stages if name != stage.name) or "none"
+        raise unacceptable(
+            where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint"
+        )
+    if teacher.classes != stage.classes:
+        words = f"a data set with its teacher's {teacher.classes} classes, not {stage.classes}"
+        raise unacceptable(where, "dataset", stage.dataset, words)
+    if teacher.scale != stage.scale:
+        raise unacceptable(where, "scale", stage.scale, f"its teacher's, {teacher.scale}")
+
+
+def unacceptable(where: str, name: str, value: Any, accepted: str) -> Misconfigured:
+    """Say what stands at a key and what is accepted there."""
+    return Misconfigured(f"{where}: {name} = {shown(value)}: expected {accepted}")
+
+
+def shown(value: Any) -> str:
+    """Return a value as one short line of TOML (near enough)."""
+    text = json.dumps(value, default=str, ensure_ascii=True)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_path(teacher: str) -> bool:
+    """Tell a checkpoint's path from a stage's name."""
+    return "/" in teacher or teacher.endswith(".safetensors")
+
+
+def find_stage(stages: dict[str, Stage], name: str) -> Stage:
+    """Return the stage of that name; raises Misconfigured."""
+    if name not in stages:
+        raise Misconfigured(f"{shown(name)}: no such stage; there are {', '.join(stages)}")
+    return stages[name]
+
+
+def with_teachers(stages: dict[str, Stage], names: Collection[str]) -> list[Stage]:
+    """Return the named stages and all the teachers they need, each after its teacher; raises Misconfigured."""
+    order: dict[str, Stage] = {}
+    for name in names:
+        lineage = [find_stage(stages, name)]
+        while lineage[-1].teacher in stages:
+            lineage.append(stages[lineage[-1].teacher])
+        order |= {stage.name: stage for stage in reversed(lineage)}  # a known one keeps its place
+    return list(order.values())
+
+
+def with_seed(stage: Stage, seed: int | None) -> Stage:
+    return stage if seed is None else replace(stage, seed=seed)
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Return the rate of optimiser step `step`, counted from 0 over the whole stage.
+
+    Pairs: the rate of the first pair whose epoch is not over. Schedules, with w = warm-up steps and T = all steps:
+        step < w:    peak * (step + 1) / w
+        cosine:      peak * (1 + cos(pi * d)) / 2    with d = (step - w) / (T - w)              [8]
+        one-cycle:   peak * (1 - d)                                                             [7]
+    """
+    if not isinstance(stage.lr, Schedule):
+        return next(rate for last, rate in stage.lr if step < last * stage.steps_per_epoch)
+    peak, warmup = stage.lr.peak, stage.lr.warmup_epochs * stage.steps_per_epoch
+    if step < warmup:
+        return peak * min(1.0, (step + 1) / warmup)
+    done = (step - warmup) / (stage.epochs * stage.steps_per_epoch - warmup)
+    return peak * (1 + math.cos(math.pi * done)) / 2 if stage.lr.schedule == "cosine" else peak * (1 - done)
+
+
+def stream_seed(*what: Any) -> int:
+    """Return the seed of the random stream that `what` names, as a 63-bit integer.
+
+    Streams that differ in any part are independent, and none needs saving: a resumed run names it again.
+    """
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8]) >> 1
+
+
+# -------------------------------------------------------------------------------------------------------------- Data
+# What is fed in: uint8 images that live on the training device, and the augmented views as batched tensor operations.
+
+SIDE = 32  # pixels
+MEAN, STD = (
+    (0.4914, 0.4822, 0.4465),
+    (0.2470, 0.2435, 0.2616),
+)  # of CIFAR-100's training pixels in [0, 1], RGB [1]
+LUMA = (0.2989, 0.587, 0.114)  # grey from RGB, ITU-R 601-2 as in torchvision
+
+
+class Dataset(NamedTuple):
+    """How many images and classes a data set has."""
+
+    train: int
+    test: int
+    classes: int
+
+
+DATASETS = {"cifar100": Dataset(50_000, 10_000, 100), "synthetic": Dataset(50_000, 10_000, 10)}
+
+
+class Images(NamedTuple):
+    """A data set in memory."""
+
+    pixels: Tensor  # (N, 3, 32, 32) uint8, RGB
+    labels: Tensor  # (N,) int64
+    class_names: list[str]
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device), self.class_names)
+
+    def part(self, index: int, of: int) -> Images:
+        return Images(self.pixels[index::of], self.labels[index::of], self.class_names)
+
+
+def load_images(stage: Stage, data: Path, train: bool) -> Images:
+    """Return the stage's training or test images, on the CPU.
+
+    CIFAR-100 is looked for in `data`, checked against its MD5 sums and downloaded if it is not there.
+    Raises Refused where it can be neither found nor downloaded.
+    """
+    n = stage.train_size if train else stage.test_size
+    if stage.dataset == "synthetic":
+        return synthetic_images(n, train)
+    from torchvision.datasets import CIFAR100  # 1.5 s, which a synthetic stage need not wait for
+
+    try:
+        try:
+            dataset = CIFAR100(data, train=train)
+        except RuntimeError:  # not there, or its MD5 does not match
+            dataset = CIFAR100(data, train=train, download=True)
+    except (RuntimeError, OSError) as error:
+        raise Refused(
+            f"{data / CIFAR100.base_folder}: no CIFAR-100 here that matches its MD5 sums, and the download failed "
+            f"({' '.join(str(error).split())}): put the official files train, test and meta there, or name --data"
+        ) from None
+    pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, torch.tensor(dataset.targets[:n]), dataset.classes)
+
+
+# Shapes by u and v, the coordinates from a shape's centre in units of its half size, each with its mirror image.
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "disc": lambda u, v: u**2 + v**2 < 0.9,
+    "ring": lambda u, v: (u**2 + v**2 < 1) & (u**2 + v**2 > 0.4),
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.85,
+    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) < 0.9) & (torch.maximum(u.abs(), v.abs()) > 0.55),
+    "plus": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.25) & (torch.maximum(u.abs(), v.abs()) < 1),
+    "saltire": lambda u, v: (u.abs() - v.abs()).abs().lt(0.3) & (torch.maximum(u.abs(), v.abs()) < 1),
+    "diamond": lambda u, v: u.abs() + v.abs() < 1,
+    "rows": lambda u, v: (torch.maximum(u.abs(), v.abs()) < 1) & (torch.cos(2.5 * math.pi * v) > 0),
+    "columns": lambda u, v: (torch.maximum(u.abs(), v.abs()) < 1) & (torch.cos(2.5 * math.pi * u) > 0),
+    "triangle": lambda u, v: (v.abs() < 0.85) & (u.abs() < (v + 0.85) / 1.7),
+}
+
+
+def synthetic_images(n: int, train: bool) -> Images:
+    """Draw `n` images of ten shapes: any place, size and colours, on a noisy ground. Always the same ones.
+
+    Image i does not depend on n. Every shape is its own mirror image, so that a flip keeps the label.
+    """
+    chunk = 1000
+    pixels, labels = [], []
+    for start in range(0, n, chunk):
+        generator = torch.Generator().manual_seed(stream_seed("synthetic", train, start))
+        uniform = functools.partial(torch.rand, generator=generator)
+        label = torch.arange(chunk) % len(SHAPES)
+        half = 5 + 8 * uniform(chunk, 1, 1)  # half the shape's size, in pixels
+        x0, y0 = (half + (SIDE - 1 - 2 * half) * uniform(chunk, 1, 1) for _ in "xy")
+        v = (torch.arange(SIDE)[:, None] - y0) / half  # (N, H, 1)
+        u = (torch.arange(SIDE)[None, :] - x0) / half  # (N, 1, W)
+        u, v = u.expand(chunk, SIDE, SIDE), v.expand(chunk, SIDE, SIDE)
+        inside = torch.empty(chunk, SIDE, SIDE, dtype=torch.bool)
+        for k, shape in enumerate(SHAPES.values()):
+            inside[label == k] = shape(u[label == k], v[label == k])
+        ground, contrast = uniform(chunk, 3, 1, 1), uniform(chunk, 3, 1, 1) - 0.5
+        figure = (
+            ground + contrast + 0.25 * contrast.sign()
+        )  # at least 0.25 away from the ground in every channel
+        image = torch.where(inside[:, None], figure, ground) + 0.4 * (uniform(chunk, 3, SIDE, SIDE) - 0.5)
+        pixels.append((image.clamp(0, 1) * 255).round().to(torch.uint8))
+        labels.append(label)
+    return Images(torch.cat(pixels)[:n], torch.cat(labels)[:n], list(SHAPES))
+
+
+class View(NamedTuple):
+    """The distributions that a view draws its random parameters from, as in torchvision's operators of that name."""
+
+    jitter: float  # ColorJitter(brightness, contrast)
+    area: tuple[float, float]  # RandomResizedCrop(scale), of the image's area
+    aspect: tuple[float, float]  # RandomResizedCrop(ratio), width / height
+
+
+VIEWS = {  # every view flips half of its images
+    "jitter": View(0.2, (1.0, 1.0), (1.0, 1.0)),
+    "jitter-crop": View(0.4, (0.3, 1.0), (0.8, 1.2)),
+    "crop": View(0.0, (0.08, 1.0), (3 / 4, 4 / 3)),
+}
+
+
+class Augmentation(NamedTuple):
+    """Which image is seen, and how: all tensors have the same shape, one element a sample."""
+
+    image: Tensor  # index into the training set
+    brightness: Tensor  # factor, 1 for none
+    contrast: Tensor  # factor, 1 for none
+    top: Tensor  # of the crop, in pixels, as are the next three
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor  # bool: mirror left and right
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Augmentation:
+        return Augmentation(*map(change, self))
+
+    def at(self, *index: int) -> Augmentation:
+        return Augmentation(*(t[index] for t in self))
+
+
+def plan_epoch(stage: Stage, epoch: int) -> Augmentation:
+    """Draw all samples of an epoch at once, on the CPU: tensors of shape (steps, batch_size).
+
+    The plan is a function of seed, stage and epoch, so every process knows the whole of it, takes its share, and one
+    process or two see the same batches. The last batch is filled up from the start of the order, as in torch's
+    DistributedSampler, so that all batches have one shape.
+    """
+    generator = torch.Generator().manual_seed(stream_seed(stage.seed, stage.name, epoch))
+    size, samples = stage.train_size, stage.steps_per_epoch * stage.batch_size
+    order = torch.randperm(size * len(stage.views), generator=generator)
+    order = torch.cat([order, order[: samples - len(order)]])
+    view = order // size
+    uniform = functools.partial(torch.rand, generator=generator)
+
+    views = [VIEWS[name] for name in stage.views]
+    jitter = torch.tensor([v.jitter for v in views])[view]
+    brightness, contrast = (1 + jitter * (2 * uniform(samples) - 1) for _ in range(2))
+    area = torch.tensor([v.area for v in views])[view]
+    log_aspect = torch.tensor([v.aspect for v in views]).log()[view]
+    box = random_boxes(area, log_aspect, uniform)
+    flip = uniform(samples) < 0.5
+    plan = Augmentation(order % size, brightness, contrast, *box, flip)
+    return plan.each(lambda t: t.view(stage.steps_per_epoch, stage.batch_size))
+
+
+def random_boxes(
+    area: Tensor,  # (N, 2) least and greatest share of the image
+    log_aspect: Tensor,  # (N, 2) least and greatest log(width / height)
+    uniform: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # top, left, height, width: each (N,), whole pixels
+    """Draw crops as torchvision's RandomResizedCrop does: the first of ten tries that fits, else the whole image."""
+    n, tries = len(area), 10
+    tried_area = SIDE**2 * torch.lerp(area[:, :1], area[:, 1:], uniform(n, tries))
+    tried_aspect = torch.lerp(log_aspect[:, :1], log_aspect[:, 1:], uniform(n, tries)).exp()
+    width, height = (tried_area * tried_aspect).sqrt().round(), (tried_area / tried_aspect).sqrt().round()
+    fits = (width > 0) & (width <= SIDE) & (height > 0) & (height <= SIDE)
+    first = fits.int().argmax(1, keepdim=True)  # 0 where none fits
+    width, height = (torch.where(fits, side, SIDE).gather(1, first).squeeze(1) for side in (width, height))
+    top, left = ((uniform(n) * (SIDE - side + 1)).floor() for side in (height, width))
+    return top, left, height, width
+
+
+def augment(
+    pixels: Tensor,  # (N, 3, H, W) uint8
+    how: Augmentation,  # of (N,)
+) -> Tensor:  # (N, 3, H, W) float32, normalised, channels_last
+    """Return the augmented views: brightness, contrast, crop and resize, flip, each with the image's own parameters."""
+    images = pixels.float() / 255
+    images = jitter_brightness(images, how.brightness)
+    images = jitter_contrast(images, how.contrast)
+    images = crop_and_flip(images, how)
+    return normalize(images)
+
+
+def jitter_brightness(
+    images: Tensor,  # (N, 3, H, W) in [0, 1]
+    factor: Tensor,  # (N,)
+) -> Tensor:
+    """Blend each image with black."""
+    return (images * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def jitter_contrast(
+    images: Tensor,  # (N, 3, H, W) in [0, 1]
+    factor: Tensor,  # (N,)
+) -> Tensor:
+    """Blend each image with its mean grey."""
+    factor = factor.view(-1, 1, 1, 1)
+    grey = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    # differs from torchvision's ColorJitter: contrast always after brightness, never before. The two commute but for
+    # values that saturate in between.
+    return (factor * images + (1 - factor) * grey).clamp(0, 1)
+
+
+def crop_and_flip(images: Tensor, how: Augmentation) -> Tensor:
+    """Resize each image's crop to the whole image, bilinearly, and mirror it where `flip` says so.
+
+    Rows and columns are resampled apart, each by a matrix product: out = R @ image @ C^T.
+    """
+    rows = resampling_weights(how.top, how.height)
+    columns = resampling_weights(how.left, how.width)
+    columns = torch.where(how.flip.view(-1, 1, 1), columns.flip(1), columns)
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+def resampling_weights(
+    start: Tensor,  # (N,) first pixel of the crop
+    length: Tensor,  # (N,) pixels of the crop
+) -> Tensor:  # (N, SIDE out, SIDE in)
+    """Return what each output pixel takes of each input pixel when the crop is stretched to SIDE pixels."""
+    grid = torch.arange(SIDE, device=start.device, dtype=torch.float32)
+    start, length = start[:, None], length[:, None]
+    source = ((grid + 0.5) * (length / SIDE) - 0.5).clamp(
+        min=0
+    )  # (N, SIDE out), from the crop's first pixel centre
+    source = start + torch.minimum(source, length - 1)
+    return (1 - (source[..., None] - grid).abs()).clamp(min=0)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to zero mean and unit variance over CIFAR-100; channels_last."""
+    mean, std = images.new_tensor(MEAN).view(3, 1, 1), images.new_tensor(STD).view(3, 1, 1)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------- Networks
+# EfficientNet [4] at 32 x 32 with a cosine classifier [1, 3].
+
+
+class Multipliers(NamedTuple):
+    """What scales a network of the family."""
+
+    width: float
+    depth: float
+
+
+NETWORKS = {
+    "efficientnet_b0": Multipliers(1.0, 1.0),
+    "efficientnet_b3": Multipliers(1.2, 1.4),
+    "efficientnet_ex": Multipliers(0.8, 0.8),
+    "efficientnet_exx": Multipliers(0.8, 0.7),
+}
+
+BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, table 1; strides for 32 x 32: 1]
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 1, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 1, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+]
+STEM, HEAD, EMBEDDING = 32, 1280, 200  # channels, channels, dimensions
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """Scale a channel count to a multiple of 8, at most 10 % down [4]."""
+    scaled = max(8, int(channels * width + 4) // 8 * 8)
+    return scaled if scaled >= 0.9 * channels * width else scaled + 8
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """Return a "same" convolution without bias.
+
+    A stride pads by kernel - stride in all, the smaller half first, as TensorFlow does.
+    """
+    if stride == 1:
+        return [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)]
+    first, last = (kernel - stride) // 2, (kernel - stride + 1) // 2
+    return [
+        nn.ZeroPad2d((first, last, first, last)),
+        nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
+    ]
+
+
+def batch_norm(channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.01)
+
+
+class SqueezeExcitation(nn.Sequential):
+    """Scale each channel by a gate that all channels' means decide [5]."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, squeezed, 1),
+            nn.SiLU(),
+            nn.Conv2d(squeezed, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to the same
+        return x * super().forward(x)
+
+
+class MBConv(nn.Module):
+    """The inverted residual block of EfficientNet: expansion, depthwise, gate, projection, skip [4].
+
+    Stochastic depth [6] leaves the block out with probability `drop`, for each image, where there is a skip.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float
+    ) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers += [*convolution(inputs, hidden, 1), batch_norm(hidden), nn.SiLU()]
+        layers += [*convolution(hidden, hidden, kernel, stride, groups=hidden), batch_norm(hidden), nn.SiLU()]
+        layers += [SqueezeExcitation(hidden, max(1, inputs // 4))]
+        # differs from [4]: the projection has a bias [1]. Batch norm cancels it, but it is stored and counted.
+        layers += [nn.Conv2d(hidden, outputs, 1), batch_norm(outputs)]
+        self.has_skip = stride == 1 and inputs == outputs
+        if self.has_skip and drop > 0:
+            from torchvision.ops import StochasticDepth  # 1.5 s, which networks without it need not wait for
+
+            layers += [StochasticDepth(drop, "row")]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to (N, C', H / stride, W / stride)
+        return x + self.layers(x) if self.has_skip else self.layers(x)
+
+
+class Cosine(nn.Module):
+    """The cosine of the angle between an embedding and each class's direction [3].
+
+    cosines = x / |x| @ kernel / |kernel| (by column), in float32 whatever the precision around it.
+    """
+
+    def __init__(self, dimensions: int, classes: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(F.normalize(torch.rand(dimensions, classes) * 2 - 1, dim=0))  # (D, K)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) to (N, K) in [-1, 1]
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round a cosine to 8 bits
+            return (F.normalize(x.float()) @ F.normalize(self.kernel.float(), dim=0)).clamp(-1, 1)
+
+
+class EfficientNet(nn.Sequential):
+    """Normalised images (N, 3, 32, 32) to cosines (N, K)."""
+
+    def __init__(self, classes: int, width: float, depth: float, stochastic_depth: float = 0.0) -> None:
+        channels = scaled_channels(STEM, width)
+        layers: list[tuple[str, nn.Module]] = [
+            ("stem", nn.Sequential(*convolution(3, channels, 3), batch_norm(channels), nn.SiLU()))
+        ]
+        blocks = []
+        for expansion, base, repeats, stride, kernel in BLOCKS:
+            outputs = scaled_channels(base, width)
+            for repeat in range(math.ceil(repeats * depth)):
+                first = repeat == 0
+                blocks.append(
+                    MBConv(channels, outputs, expansion, kernel, stride if first else 1, stochastic_depth)
+                )
+                channels = outputs
+        head = scaled_channels(HEAD, width)
+        layers += [
+            ("blocks", nn.Sequential(*blocks)),
+            ("head", nn.Sequential(*convolution(channels, head, 1), batch_norm(head), nn.SiLU())),
+            ("pool", nn.AvgPool2d(8)),
+            ("flatten", nn.Flatten()),
+            ("embedding", nn.Linear(head, EMBEDDING)),
+            ("cosine", Cosine(EMBEDDING, classes)),
+        ]
+        super().__init__()
+        for name, module in layers:
+            self.add_module(name, module)
+        self.apply(initialize)
+
+
+def initialize(module: nn.Module) -> None:
+    """Set a module's initial weights as the method does [1]; batch norm and `Cosine` have theirs already."""
+    if isinstance(module, nn.Conv2d):
+        kernel, outputs = math.prod(module.kernel_size), module.out_channels
+        nn.init.normal_(module.weight, std=math.sqrt(2 / (kernel * outputs)))
+    elif isinstance(module, nn.Linear):
+        bound = 1 / math.sqrt(module.out_features)
+        nn.init.uniform_(module.weight, -bound, bound)
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def build_network(
+    name: str,
+    classes: int = 100,
+    width: float | None = None,
+    depth: float | None = None,
+    stochastic_depth: float = 0.0,
+) -> EfficientNet:
+    """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
+    own = NETWORKS[name]
+    network = EfficientNet(classes, width or own.width, depth or own.depth, stochastic_depth)
+    return network.to(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------------ Losses
+
+
+def margin_loss(
+    cosines: Tensor,  # (N, K) in [-1, 1]
+    labels: Tensor,  # (N,) int64
+    scale: float,
+    margin: float,
+) -> Tensor:  # ()
+    """Return the additive-margin softmax loss, the mean over the batch [3, eq. 5].
+
+    -log( e^(s (cos_y - m)) / (e^(s (cos_y - m)) + sum over j != y of e^(s cos_j)) )
+    """
+    penalty = margin * F.one_hot(labels, cosines.shape[1])
+    return F.cross_entropy(scale * (cosines - penalty), labels)
+
+
+def refined_loss(
+    cosines: Tensor,  # (N, K) of the student
+    teacher_cosines: Tensor,  # (N, K) of the teacher, for the same crops
+    scale: float,
+) -> Tensor:  # ()
+    """Return the cross-entropy of the student against the teacher's refined labels, the mean over the batch [2].
+
+    - sum over j of softmax(s cos_teacher)_j * log softmax(s cos_student)_j
+    """
+    return F.cross_entropy(scale * cosines, (scale * teacher_cosines).softmax(1))
+
+
+# -------------------------------------------------------------------------------------------------------------- Cost
+# What a network costs, as the method's authors counted it [1]: measured by running it, layer by layer.
+
+BASELINE_PARAMS, BASELINE_OPS = 36.5e6, 10.49e9  # WideResNet-28-10 [9]
+
+
+class LayerCost(NamedTuple):
+    """What one layer costs for one image."""
+
+    layer: str
+    kind: str
+    params: int
+    flops: int  # multiply-accumulates, as the authors print them
+    mults: int
+    adds: int
+
+
+class Cost(NamedTuple):
+    """What a network costs for one image."""
+
+    params: int
+    flops: int
+    mults: int
+    adds: int
+
+    @property
+    def ops(self) -> float:
+        """Operations when a multiplication of 16-bit values counts half."""
+        return 0.5 * self.mults + self.adds
+
+    @property
+    def ops_32bit(self) -> int:
+        return self.mults + self.adds
+
+    @property
+    def score(self) -> float:
+        """MicroNet score at 16 bits: 0.5 params / 36.5 M + ops / 10.49 G [9]."""
+        return 0.5 * self.params / BASELINE_PARAMS + self.ops / BASELINE_OPS
+
+    @property
+    def score_32bit(self) -> float:
+        return self.params / BASELINE_PARAMS + self.ops_32bit / BASELINE_OPS
+
+
+def layer_costs(network: nn.Module) -> list[LayerCost]:
+    """Count every leaf module of a network while it runs on one image.
+
+    Raises TypeError at a module that `count_layer` has no rule for. The network is left in evaluation mode.
+    """
+    rows: list[LayerCost] = []
+
+    def count(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        params = sum(p.numel() for p in module.parameters())
+        rows.append(LayerCost(name, type(module).__name__, params, *count_layer(module, inputs[0], output)))
+
+    leaves = [(name, module) for name, module in network.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(functools.partial(count, name)) for name, module in leaves]
+    weight = next(network.parameters())
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rows
+
+
+def count_layer(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int, int]:  # flops, mults, adds
+    """Count one layer by the authors' rules [1]: n output elements, each of k terms."""
+    n = output.numel()
+    match module:
+        case nn.Conv2d():
+            k, bias = module.weight[0].numel(), int(module.bias is not None)
+            return n * (k + bias), n * k, n * (k - 1 + bias)
+        case nn.BatchNorm2d():
+            return 2 * n, 2 * n, 2 * n
+        case nn.SiLU():
+            return 0, 3 * n, n
+        case nn.Sigmoid():
+            return 0, 2 * n, n
+        case nn.AvgPool2d():
+            return x.numel(), 0, x.numel()
+        case nn.AdaptiveAvgPool2d():
+            return 0, 0, x.numel()
+        case nn.Linear():
+            return n * module.in_features, n * module.in_features, n * (module.in_features - 1)
+        case Cosine():
+            d = x.numel()
+            return 0, d * d + n * d, d * d + n * (d - 1)  # L2 normalisation, then the kernel
+        case nn.ZeroPad2d() | nn.Flatten() | nn.Identity():
+            return 0, 0, 0
+        case _ if type(module).__name__ == "StochasticDepth":
+            return 0, 0, 0
+    raise TypeError(f"no rule to count {type(module).__name__}")
+
+
+def total_cost(rows: list[LayerCost]) -> Cost:
+    return Cost(*(sum(column) for column in list(zip(*rows))[2:]))
+
+
+# ------------------------------------------------------------------------------------------------------- Checkpoints
+# What is kept. best.safetensors holds a network; last.safetensors the momentum too, all that resuming needs. The one
+# metadata key is sorted JSON that explains the file by itself and carries a SHA-256 of everything.
+
+FORMAT = 1
+MOMENTUM = "momentum."  # before a parameter's name: its momentum
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the JSON that explains a checkpoint, without reading its tensors: a millisecond, and no torch.
+
+    Raises Refused where the file is missing or is no checkpoint of this program.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length)) if length <= 2**20 else {}  # ours are below 100 KiB
+        metadata = json.loads(header["__metadata__"]["micronet"])
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror or error}") from None
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+        raise Refused(f"{path}: not a checkpoint of micronet, or cut short") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise Refused(f"{path}: expected a checkpoint of format {FORMAT}")
+    return metadata
+
+
+def trained_stage(path: Path, metadata: dict[str, Any]) -> Stage:
+    """Return the stage that a checkpoint's metadata describe; raises Refused."""
+    try:
+        table = {name: value for name, value in metadata["stage"].items() if value is not None}
+        return stage_from(str(path), table.pop("name"), table, {})
+    except (Misconfigured, KeyError, AttributeError, TypeError) as error:
+        raise Refused(f"{path}: its metadata describe no stage ({error})") from None
+
+
+def digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Return the SHA-256, in hex, over the metadata (but this entry) and every tensor's name, type, shape and bytes."""
+    explained = {name: value for name, value in metadata.items() if name != "sha256"}
+    sha = hashlib.sha256(json.dumps(explained, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a checkpoint so that the file is either the old one or the whole new one, also after a power cut."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    explained = metadata | {"sha256": digest(tensors, metadata)}
+    # one key: with two, safetensors writes them in random order and no two files are alike
+    replace_file(path, save(tensors, {"micronet": json.dumps(explained, sort_keys=True)}))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` and on the disk, or raise OSError and leave the old file as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # else a power cut may bring the old name back
+    finally:
+        os.close(directory)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors (on the CPU) and metadata of a checkpoint; raises Refused if a single bit has changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    metadata = read_metadata(path)
+    try:
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise Refused(f"{path}: damaged: {error}") from None
+    if digest(tensors, metadata) != metadata.get("sha256"):
+        raise Refused(f"{path}: damaged: its SHA-256 does not match its contents")
+    return tensors, metadata
+
+
+def load_network(path: Path | str) -> EfficientNet:
+    """Return the network of a checkpoint in evaluation mode, on the CPU.
+
+    Called with normalised images (N, 3, 32, 32) it returns cosines (N, K). Raises Refused.
+    """
+    return network_from(Path(path), *load_checkpoint(Path(path)))
+
+
+def network_from(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> EfficientNet:
+    """Build the network that the metadata describe and fill it with the tensors."""
+    stage = trained_stage(path, metadata)
+    network = build_network(stage.network, stage.classes, stage.width, stage.depth)
+    fill_network(path, network, tensors)
+    return network.eval()
+
+
+def fill_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights; raises Refused at the first name or shape that differs."""
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTUM)}
+    expected = network.state_dict()
+    for name in sorted(weights.keys() ^ expected.keys()):
+        raise Refused(f"{path}: {name} is {'missing' if name in expected else 'not in this network'}")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            shapes = f"{tuple(weights[name].shape)} where {tuple(tensor.shape)} is expected"
+            raise Refused(f"{path}: {name} has shape {shapes}")
+    network.load_state_dict(weights)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def teacher_path(stage: Stage, ckpt: Path) -> Path:
+    """Return where the checkpoint of a stage's teacher is kept."""
+    return Path(stage.teacher) if is_path(stage.teacher) else ckpt / stage.teacher / "best.safetensors"
+
+
+def is_finished(stage: Stage, metadata: dict[str, Any] | None) -> bool:
+    """Tell whether a stage has trained all its epochs, from what it has kept (None: nothing)."""
+    return epochs_done(metadata) >= stage.epochs
+
+
+def epochs_done(metadata: dict[str, Any] | None) -> int:
+    return metadata["last"]["epoch"] if metadata else 0
+
+
+def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
+    """Return the metadata of what a stage has kept so far, or None; raises Misconfigured if the stage has changed."""
+    path = ckpt / stage.name / "last.safetensors"
+    if not path.exists():
+        return None
+    metadata = read_metadata(path)
+    kept, done = trained_stage(path, metadata), metadata["last"]["epoch"]
+    changes = [
+        f"{f.name} was {shown(getattr(kept, f.name))} and is {shown(getattr(stage, f.name))}"
+        for f in fields(Stage)
+        if getattr(kept, f.name) != getattr(stage, f.name) and not is_extension(f.name, kept, stage, done)
+    ]
+    if changes:
+        raise Misconfigured(
+            f"stage {stage.name}: {path} comes from another definition: {'; '.join(changes)}; "
+            "undo the change, train it anew with run-stage --restart, or name another --ckpt"
+        )
+    return metadata
+
+
+def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
+    """Tell whether a changed field only adds epochs and leaves the rates of the `done` ones alone."""
+    if name == "epochs":
+        return stage.epochs > kept.epochs and not isinstance(stage.lr, Schedule)
+    if name != "lr" or isinstance(stage.lr, Schedule) or isinstance(kept.lr, Schedule):
+        return False
+    steps = [epoch * stage.steps_per_epoch for epoch in range(done)]
+    return all(learning_rate(kept, step) == learning_rate(stage, step) for step in steps)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a stage's folder so that the stage starts anew; return its new place, or None if there was nothing."""
+    if not folder.exists():
+        return None
+    n = 1
+    while (aside := folder.with_name(f"{folder.name}.old{n}")).exists():
+        n += 1
+    return folder.rename(aside)
+
+
+def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
+    """Keep the epoch that a run has just finished: best.safetensors, last.safetensors and log.jsonl.
+
+    In this order, so that a run cut off in between repeats the epoch and nothing that `last` speaks of is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    network = run.student.state_dict()
+    best, last = best_of(run.history), run.history[-1]
+    explanation = explain(stage, run)
+    path = folder / "best.safetensors"
+    if best is last:
+        save_checkpoint(path, network, explanation | {"epoch": last["epoch"]})
+    elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
+        save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
+    state = run.optimizer.state
+    momentum = {
+        MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state
+    }
+    save_checkpoint(folder / "last.safetensors", network | momentum, explanation | {"epoch": last["epoch"]})
+    replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
+
+
+def explain(stage: Stage, run: Run) -> dict[str, Any]:
+    """Return the metadata that explain a checkpoint by itself."""
+    seconds = sum(record["seconds"] for record in run.history)
+    images = len(run.history) * stage.steps_per_epoch * stage.batch_size
+    return {
+        "format": FORMAT,
+        "micronet": __version__,
+        "stage": asdict(stage) | ({"lr": stage.lr._asdict()} if isinstance(stage.lr, Schedule) else {}),
+        "class_names": run.train.class_names,
+        "best": tested_at(best_of(run.history)),
+        "last": tested_at(run.history[-1]),
+        "teacher": run.teacher_facts,
+        "cost": run.cost._asdict() | {"ops": run.cost.ops, "score": run.cost.score},
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 1),
+        "history": run.history,
+        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+        **run.facts,
+    }
+
+
+def tested_at(record: dict[str, Any]) -> dict[str, Any]:
+    return {"epoch": record["epoch"], "top1": record["test_top1"], "top5": record["test_top5"]}
+
+
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of the epoch with the highest test top-1, the first of equals."""
+    return max(history, key=lambda record: record["test_top1"])
+
+
+# ---------------------------------------------------------------------------------------------------------- Training
+# One visible loop. It yields events and knows nothing of who looks at them.
+
+
+@dataclass
+class Run:
+    """All that a stage trains with, on the training device."""
+
+    accelerator: Accelerator
+    train: Images
+    test: Images
+    student: EfficientNet  # the bare network, as evaluated and saved
+    optimizer: torch.optim.Optimizer
+    model: nn.Module  # the student as accelerate prepared it: autocast, DDP, compiled
+    teacher: nn.Module | None
+    teacher_facts: dict[str, Any] | None
+    cost: Cost
+    facts: dict[str, Any]  # device, precision, versions: what a result depends on
+    history: list[dict[str, Any]]  # a record an epoch
+
+
+@dataclass(frozen=True)
+class Started:
+    """A stage begins, or goes on after `done` epochs."""
+
+    stage: Stage
+    facts: dict[str, Any]
+    cost: Cost
+    teacher: dict[str, Any] | None
+    done: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """An optimiser step is under way on the device."""
+
+    epoch: int
+    step: int  # of the epoch, from 1
+    lr: float
+    totals: Tensor  # (2,) sums over this process's images of the epoch so far: loss, top-1 hits
+    images: int  # this process's images of the epoch so far
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An epoch is trained and evaluated."""
+
+    record: dict[str, Any]  # a line of log.jsonl
+    best: dict[str, Any]  # the best epoch's record so far
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last epoch is done."""
+
+    best: dict[str, Any]
+    last: dict[str, Any]
+
+
+Event = Started | Stepped | EpochDone | Finished
+
+
+def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
+    """Train a stage from where `run.history` ends; yields events, each EpochDone after the run is up to date.
+
+    Raises Failure if the loss of an epoch is not finite.
+    """
+    accelerator, device = run.accelerator, run.accelerator.device
+    processes, process = accelerator.num_processes, accelerator.process_index
+    parts = accelerator.gradient_accumulation_steps
+    share = stage.batch_size // (parts * processes)  # images per process and forward pass
+    yield Started(stage, run.facts, run.cost, run.teacher_facts, len(run.history))
+
+    for epoch in range(len(run.history) + 1, stage.epochs + 1):
+        start = time.monotonic()
+        torch.manual_seed(stream_seed(stage.seed, stage.name, epoch, process))  # stochastic depth
+        plan = plan_epoch(stage, epoch).each(
+            lambda t: t.view(-1, parts, processes, share)[:, :, process].to(device)
+        )
+        totals = torch.zeros(2, device=device)
+        run.model.train()
+        for step in range(stage.steps_per_epoch):
+            lr = learning_rate(stage, (epoch - 1) * stage.steps_per_epoch + step)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            for part in range(parts):
+                how = plan.at(step, part)
+                images, labels = augment(run.train.pixels[how.image], how), run.train.labels[how.image]
+                with accelerator.accumulate(run.model):
+                    cosines = run.model(images)
+                    if run.teacher is None:
+                        loss = margin_loss(cosines, labels, stage.scale, stage.margin)
+                    else:
+                        with torch.no_grad(), accelerator.autocast():
+                            teacher_cosines = run.teacher(images)
+                        loss = refined_loss(cosines, teacher_cosines, stage.scale)
+                    accelerator.backward(loss)
+                    run.optimizer.step()
+                    run.optimizer.zero_grad()
+                hits = (cosines.detach().argmax(1) == labels).sum()
+                totals += torch.stack([loss.detach() * len(labels), hits])
+            yield Stepped(epoch, step + 1, lr, totals, (step + 1) * parts * share)
+
+        average_statistics(run.student, accelerator)
+        if epoch == 1:
+            debias_statistics(run.student)
+        loss, hits = accelerator.reduce(totals, "sum").tolist()  # sync
+        if not math.isfinite(loss):
+            raise Failure(f"stage {stage.name}: the loss is {loss} in epoch {epoch}: try a lower lr")
+        seconds, seen = time.monotonic() - start, stage.steps_per_epoch * stage.batch_size
+        with accelerator.autocast():
+            totals = evaluate(run.student, run.test.part(process, processes), stage.scale)
+        tested = accuracy(accelerator.reduce(totals, "sum"), stage.test_size)
+        run.history.append(
+            {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": loss / seen,
+                "train_top1": 100 * hits / seen,
+                "test_loss": tested.loss,
+                "test_top1": tested.top1,
+                "test_top5": tested.top5,
+                "seconds": time.monotonic() - start,
+                "images_per_second": seen / seconds,
+            }
+        )
+        yield EpochDone(run.history[-1], best_of(run.history))
+    yield Finished(best_of(run.history), run.history[-1])
+
+
+def average_statistics(network: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the mean of their batch-norm statistics."""
+    if accelerator.num_processes > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, "mean"))
+
+
+def debias_statistics(network: nn.Module) -> None:
+    """Take what batch norm's running statistics began with, mean 0 and variance 1, out of them.
+
+    After t batches they still hold (1 - momentum)^t of it: nothing in a long epoch, but enough to spoil every test of
+    a short one. Called once, it leaves them a weighted mean of what was seen, and later batches keep them one.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            left = (1 - module.momentum) ** module.num_batches_tracked
+            module.running_mean.div_(1 - left)
+            module.running_var.sub_(left).div_(1 - left)
+
+
+class Accuracy(NamedTuple):
+    """How a network does on a set of images."""
+
+    top1: float  # percent
+    top5: float  # percent
+    loss: float  # mean cross-entropy of softmax(scale * cosines) against the true labels
+
+
+def evaluate(
+    network: nn.Module, images: Images, scale: float
+) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
+    """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
+    totals = torch.zeros(3, device=images.labels.device)
+    network.eval()
+    with torch.no_grad():
+        for pixels, labels in zip(images.pixels.split(250), images.labels.split(250)):
+            cosines = network(normalize(pixels.float() / 255))
+            hits = cosines.topk(5).indices == labels[:, None]  # (N, 5)
+            loss = F.cross_entropy(scale * cosines, labels, reduction="sum")
+            totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+    return totals
+
+
+def accuracy(totals: Tensor, images: int) -> Accuracy:
+    """Turn the sums of `evaluate` over so many images into an accuracy."""
+    top1, top5, loss = totals.tolist()  # sync
+    return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
+
+
+def open_accelerator(precision: str | None = None) -> Accelerator:
+    """Return the accelerator that the launch asked for; raises Misconfigured where it cannot be had.
+
+    Without a GPU the processes that a launch configuration asks for train on the CPU.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    launched, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
+        raise Misconfigured(
+            f"launched as {local} processes on {gpus} GPU: launch at most one a GPU, or use `chain`"
+        )
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    if accelerator.num_processes != launched:
+        raise Misconfigured(
+            f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}"
+        )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise Misconfigured(
+            f"distributed_type {accelerator.distributed_type.value}: expected NO, MULTI_GPU or MULTI_CPU"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
+        raise Misconfigured(f"mixed_precision {accelerator.mixed_precision}: expected no, bf16 or fp16")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise Misconfigured("mixed_precision fp16 needs a GPU: expected no or bf16 on a CPU")
+    return accelerator
+
+
+def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> Run:
+    """Put data, student, teacher and optimiser on the device, as the stage left them or as it begins."""
+    device, parts = accelerator.device, accelerator.gradient_accumulation_steps * accelerator.num_processes
+    if stage.batch_size % parts:
+        words = f"{accelerator.num_processes} processes x {accelerator.gradient_accumulation_steps} accumulation steps"
+        raise Misconfigured(
+            f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
+        )
+    kept = kept_metadata(stage, ckpt)
+    teacher, teacher_facts = load_teacher(stage, ckpt, kept)
+    with accelerator.local_main_process_first():  # which downloads for all
+        train, test = (load_images(stage, data, part) for part in (True, False))
+
+    torch.manual_seed(stream_seed(stage.seed, stage.name, "weights"))
+    student = build_network(stage.network, stage.classes, stage.width, stage.depth, stage.stochastic_depth)
+    cost = total_cost(layer_costs(student))
+    tensors: dict[str, Tensor] = {}
+    if kept:
+        path = ckpt / stage.name / "last.safetensors"
+        tensors, kept = load_checkpoint(path)
+        fill_network(path, student, tensors)
+    student.to(device)
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        learning_rate(stage, 0),
+        momentum=stage.momentum,
+        weight_decay=stage.weight_decay,
+    )
+    for name, parameter in student.named_parameters():
+        if MOMENTUM + name in tensors:  # laid out like the weight, which is channels_last
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
+                tensors[MOMENTUM + name]
+            )
+    model, prepared = accelerator.prepare(student, optimizer)
+    wrapper = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        wrapper.broadcast_buffers = False  # each process keeps its statistics; see average_statistics
+    if kept and accelerator.scaler and kept["scaler"]:
+        accelerator.scaler.load_state_dict(kept["scaler"])
+    return Run(
+        accelerator,
+        train.to(device),
+        test.to(device),
+        student,
+        prepared,
+        model,
+        teacher.to(device) if teacher else None,
+        teacher_facts,
+        cost,
+        run_facts(accelerator),
+        kept["history"] if kept else [],
+    )
+
+
+def load_teacher(
+    stage: Stage, ckpt: Path, kept: dict[str, Any] | None
+) -> tuple[nn.Module | None, dict[str, Any] | None]:
+    """Return a stage's frozen teacher and the facts that its students record; raises Failure if it is not ready."""
+    if stage.teacher is None:
+        return None, None
+    path = teacher_path(stage, ckpt)
+    if not path.exists():
+        raise Misconfigured(
+            f"stage {stage.name}: its teacher {stage.teacher} has no {path}: train it first, or use `chain`"
+        )
+    tensors, metadata = load_checkpoint(path)
+    if metadata["last"]["epoch"] < metadata["stage"]["epochs"]:
+        raise Misconfigured(
+            f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first"
+        )
+    facts = {"name": stage.teacher, "file": str(path), "sha256": file_hash(path), **metadata["best"]}
+    if kept and kept["teacher"]["sha256"] != facts["sha256"]:
+        raise Refused(
+            f"{path}: the teacher has changed since stage {stage.name} began; go on with the old one or --restart"
+        )
+    return network_from(path, tensors, metadata).requires_grad_(False), facts
+
+
+def run_facts(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a run's result and speed depend on: device, processes, precision, compilation, versions, commit."""
+    from importlib.metadata import version
+
+    device = accelerator.device
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type.upper()} ({platform.machine()})"
+    )
+    compiled = accelerator.state.dynamo_plugin.backend.value.lower()
+    return {
+        "device": name,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "compile": None if compiled == "no" else compiled,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package: version(package) for package in ("torchvision", "accelerate")},
+        },
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit that this file stands at, with a + if it has changed since, or None outside git."""
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=12",
+    ]
+    try:
+        result = subprocess.run(describe, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return result.stdout.strip() or None
+
+
+# ------------------------------------------------------------------------------------------------------------- Views
+# What a run looks like. A view is a context manager that is called with every event; delete `Dashboard` and its line
+# in `choose_view` and everything else still works.
+
+
+class Plain:
+    """A line an epoch, nothing redrawn: for logs, pipes and terminals that cannot."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.stage = event.stage
+                for line in introduction(event):
+                    say(self.console, line)
+            case EpochDone():
+                say(self.console, epoch_line(self.stage, event))
+            case Finished():
+                say(self.console, conclusion(self.stage, event))
+
+
+class Dashboard(Plain):
+    """Bars for the epoch and the stage under the lines of `Plain`, redrawn at most four times a second."""
+
+    def __enter__(self) -> Dashboard:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+        )
+        self.progress = Progress(*columns, console=self.console, auto_refresh=False, redirect_stderr=False)
+        self.progress.start()
+        self.drawn = 0.0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                steps = event.stage.steps_per_epoch
+                self.begun, self.first = time.monotonic(), event.done * steps
+                self.epoch_bar = self.progress.add_task("epoch", total=steps, info="")
+                self.stage_bar = self.progress.add_task("stage", total=event.stage.epochs * steps, info="")
+            case Stepped() if time.monotonic() - self.drawn >= 0.25:
+                self.drawn = time.monotonic()
+                self.draw(event)
+            case Finished():
+                self.progress.update(self.stage_bar, visible=False)
+                self.progress.update(self.epoch_bar, visible=False)
+        super().__call__(event)
+
+    def draw(self, event: Stepped) -> None:
+        loss, hits = (event.totals / event.images).tolist()  # sync, four times a second at most
+        steps = self.stage.steps_per_epoch
+        done = (event.epoch - 1) * steps + event.step
+        rate = (done - self.first) / (time.monotonic() - self.begun)  # steps per second, evaluations included
+        left = (self.stage.epochs * steps - done) / rate
+        learned = f"loss {loss:.3f}  top-1 {100 * hits:.1f} %  {rate * self.stage.batch_size:,.0f} images/s"
+        self.progress.update(self.epoch_bar, completed=event.step, info=learned)
+        self.progress.update(self.stage_bar, completed=done, info=f"{duration(left)} left")
+        self.progress.refresh()
+
+
+def choose_view(console: Console) -> Plain:
+    return Dashboard(console) if console.is_interactive and not console.quiet else Plain(console)
+
+
+def new_console(**options: Any) -> Console:
+    """Return a console; where nobody can widen the window (a pipe, a file) it is wide enough for every table."""
+    console = Console(**options)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160, **options)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: not wrapped, no markup, no colours for numbers."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def introduction(event: Started) -> list[str]:
+    """Say what a stage trains and what it runs on."""
+    stage, facts, teacher = event.stage, event.facts, event.teacher
+    taught = (
+        f"{teacher['name']}, {teacher['top1']:.2f} % top-1 ({teacher['file']})"
+        if teacher
+        else "none: the true labels"
+    )
+    launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
+    compiled = f"compiled by {facts['compile']}" if facts["compile"] else "not compiled"
+    lines = [
+        f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, score {event.cost.score:.6f}, "
+        f"{stage.epochs} epochs of {stage.steps_per_epoch:,} steps of {stage.batch_size} images, seed {stage.seed}",
+        f"teacher: {taught}",
+        f"runs on: {facts['device']}, {count(facts['processes'], 'process')}, {facts['precision']}, "
+        f"{compiled}{launched}",
+    ]
+    return lines + [f"goes on after epoch {event.done} of {stage.epochs}"] * (event.done > 0)
+
+
+def epoch_line(stage: Stage, event: EpochDone) -> str:
+    """Sum an epoch up."""
+    r = event.record
+    return (
+        f"{stage.name}  epoch {r['epoch']}/{stage.epochs}  lr {r['lr']:.3g}  "
+        f"train loss {r['train_loss']:.3f} top-1 {r['train_top1']:.2f} %  "
+        f"test loss {r['test_loss']:.3f} top-1 {r['test_top1']:.2f} % top-5 {r['test_top5']:.2f} %  "
+        f"best {event.best['test_top1']:.2f} %  {r['images_per_second']:,.0f} images/s  {duration(r['seconds'])}"
+    )
+
+
+def conclusion(stage: Stage, event: Finished) -> str:
+    best, last = event.best, event.last
+    return (
+        f"stage {stage.name} is finished: top-1 {best['test_top1']:.2f} % (best, epoch {best['epoch']}), "
+        f"{last['test_top1']:.2f} % (last, epoch {last['epoch']})"
+    )
+
+
+def count(n: int, thing: str) -> str:
+    """Write a number of things, in the plural unless it is one."""
+    plural = {"process": "processes"}.get(thing, f"{thing}s")
+    return f"{n:,} {thing if n == 1 else plural}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as 7.5 s, 3:05 min or 2:05 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
+
+
+# ------------------------------------------------------------------------------------------------------------ Tables
+# Pure functions from numbers to tables.
+
+
+def new_table(title: str, names: str, numbers: str) -> Table:
+    """Return an empty table with columns of names, left, and of numbers, right; both split at commas."""
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in names.split(", "):
+        table.add_column(heading, overflow="fold")
+    for heading in numbers.split(", "):
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
+
+
+def results_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
+    """Show what stages have kept: their checkpoints' metadata, None for a stage that has not begun."""
+    table = new_table(
+        "Test accuracy in percent; the best epoch is chosen on the test images",
+        "stage, network, teacher",
+        "top-1\nbest, top-1\nlast, top-5\nbest, params\n(M), ops\n(M), score, time",
+    )
+    for stage, metadata in kept.items():
+        network = stage.network.removeprefix("efficientnet_")
+        done = "" if is_finished(stage, metadata) else f" ({progress(stage, metadata)})"
+        numbers = result_cells(metadata) if metadata else []
+        table.add_row(stage.name + done, network, stage.teacher or "-", *numbers)
+    return table
+
+
+def result_cells(metadata: dict[str, Any]) -> list[str]:
+    """Write the figures of a stage."""
+    best, last, cost = metadata["best"], metadata["last"], metadata["cost"]
+    accuracies = [f"{value:.2f}" for value in (best["top1"], last["top1"], best["top5"])]
+    costs = [f"{cost['params'] / 1e6:.3f}", f"{cost['ops'] / 1e6:.1f}", f"{cost['score']:.4f}"]
+    return [*accuracies, *costs, duration(metadata["seconds"])]
+
+
+def progress(stage: Stage, metadata: dict[str, Any] | None) -> str:
+    """Write how far a stage has come."""
+    done = epochs_done(metadata)
+    return str(done) if done >= stage.epochs else f"{done} of {stage.epochs}"
+
+
+def plan_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
+    """Show what a chain would do."""
+    table = new_table("What the chain would do, in this order", "stage, network, teacher, to do", "epochs")
+    for stage, metadata in kept.items():
+        words = {True: "nothing, it is finished", False: "go on" if metadata else "train"}
+        todo = words[is_finished(stage, metadata)]
+        table.add_row(stage.name, stage.network, stage.teacher or "-", todo, progress(stage, metadata))
+    return table
+
+
+def score_table(scores: list[dict[str, Any]]) -> Table:
+    """Show what networks cost by the authors' count, a column each."""
+    title = "Cost of one image by the authors' count: a multiplication is half an operation, at 32 bits one"
+    table = new_table(title, "", ", ".join("" for _ in scores))
+    for column, s in zip(table.columns[1:], scores):
+        column.header = s["name"].removeprefix("efficientnet_")
+    rows = {
+        "parameters": ("params", ",.0f"),
+        "MACs": ("flops", ",.0f"),
+        "multiplications": ("mults", ",.0f"),
+        "additions": ("adds", ",.0f"),
+        "operations": ("ops", ",.0f"),
+        "score": ("score", ".6f"),
+        "operations 32-bit": ("ops_32bit", ",.0f"),
+        "score 32-bit": ("score_32bit", ".6f"),
+        "top-1 in percent": ("top1", ".2f"),
+    }
+    for label, (name, form) in rows.items():
+        table.add_row(label, *("-" if s[name] is None else format(s[name], form) for s in scores))
+    return table
+
+
+def layers_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Show what every layer of a network costs."""
+    table = new_table(f"Layers of {name}", "layer, kind", "parameters, MACs, multiplications, additions")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row.values()))
+    return table
+
+
+def accuracy_table(results: list[dict[str, Any]]) -> Table:
+    """Show how checkpoints do on their test images."""
+    table = new_table(
+        "Test accuracy in percent", "checkpoint, network", "images, top-1, top-5, loss, precision"
+    )
+    for r in results:
+        numbers = (
+            f"{r['images']:,}",
+            f"{r['top1']:.2f}",
+            f"{r['top5']:.2f}",
+            f"{r['loss']:.4f}",
+            r["precision"],
+        )
+        table.add_row(r["checkpoint"], r["network"], *numbers)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------- Commands
+# Parse, call, render. Before the commands stands what they share: stopping, and launching the stages of a chain.
+
+
+class Stopped(Failure):
+    """A signal, or the end of the process that started this one, has stopped a run between two steps."""
+
+    def __init__(self, message: str, signum: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (signum or signal.SIGTERM)
+
+
+class StopRequest:
+    """SIGINT and SIGTERM as something that a loop can ask for, and the death of whoever started this process.
+
+    The first signal asks the loop to stop after its step and calls `then`. Another one, a second or more later (`uv run`
+    sends each Ctrl-C twice), ends the process at once. With a lifeline, the end of standard input asks as well: `chain`
+    holds the other end, closes it to stop its stage, and cannot die without closing it.
+    """
+
+    def __init__(self, lifeline: bool = False, then: Callable[[], None] | None = None) -> None:
+        self.lifeline = lifeline
+        self.then = then
+        self.signum: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.launcher = os.getppid() if is_launched() else None
+        self.handlers = {
+            signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum: int, frame: object) -> None:
+        if self.signum is None:
+            self.signum, self.noted = signum, time.monotonic()
+            if self.then:
+                self.then()
+        elif time.monotonic() - self.noted > 1:
+            raise typer.Exit(128 + signum)
+
+    def made(self) -> bool:
+        """Tell whether a stop is asked for; costs two system calls."""
+        orphaned = self.launcher is not None and os.getppid() != self.launcher
+        return (
+            self.signum is not None
+            or orphaned
+            or self.lifeline
+            and bool(select.select([sys.stdin], [], [], 0)[0])
+        )
+
+
+def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
+    """Train a stage until a stop is asked for; then raise Stopped, between two steps."""
+    try:
+        for event in train_stage(stage, run):
+            yield event
+            if stop.made():
+                raise Stopped(resumption(stage, len(run.history)), stop.signum)
+    except RuntimeError:  # a collective operation fails when another process has stopped one step earlier
+        time.sleep(1)
+        if stop.made():
+            raise Stopped(resumption(stage, len(run.history)), stop.signum) from None
+        raise
+
+
+def resumption(stage: Stage, done: int) -> str:
+    return f"stage {stage.name} keeps {done} of {count(stage.epochs, 'epoch')}; the same command goes on from there"
+
+
+def start_anew(folder: Path, accelerator: Accelerator, console: Console) -> None:
+    """Move what a stage has kept aside, in the main process, before any other looks at it."""
+    if accelerator.is_main_process and (aside := set_aside(folder)):
+        say(console, f"{folder} is now {aside}")
+    accelerator.wait_for_everyone()
+
+
+def is_launched() -> bool:
+    """Tell whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+CPU_ENVIRONMENT = {
+    # glibc would give every large tensor back to the kernel and fault the next one in: a third of a step
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    # threads that wait would hold their cores: beside another program a step would take many times as long
+    "GOMP_SPINCOUNT": "1000",
+}
+
+
+class Launch(NamedTuple):
+    """How a chain starts its stages."""
+
+    command: list[str]  # up to the script
+    environment: dict[str, str]
+
+
+def plan_launch(config_file: Path, console: Console) -> Launch:
+    """Return the `accelerate launch` that trains on what is here, as near to the configuration as that allows.
+
+    Says so in one line where there are fewer GPUs than it asks for. Raises Misconfigured.
+    """
+    import torch
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    if not config_file.is_file():
+        raise Misconfigured(f"{config_file}: no such file; expected a launch configuration of accelerate")
+    try:
+        config = load_config_from_file(str(config_file))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
+    if config.num_machines != 1:
+        raise Misconfigured(
+            f"{config_file}: num_machines = {config.num_machines}: expected 1, a chain runs on one machine"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        str(config_file),
+    ]
+    environment, processes, gpus = {}, config.num_processes, torch.cuda.device_count()
+    wanted = f"{config_file} asks for {count(processes, 'GPU')}, this machine has"
+    if config.use_cpu and processes > 1:  # accelerate's launcher alone would start a single process
+        command += ["--multi_gpu"]
+        environment["ACCELERATE_USE_CPU"] = "1"
+    elif not config.use_cpu and gpus == 0:
+        say(console, f"{wanted} none: training on the CPU in fp32, with the same batch size")
+        command += ["--cpu", "--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        processes = 1
+    elif not config.use_cpu and gpus < processes:
+        say(console, f"{wanted} {gpus}: training on {gpus}, with the same batch size")
+        command += ["--num_processes", str(gpus)]
+    if config.use_cpu or gpus == 0:
+        environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    return Launch(command, environment | os.environ)
+
+
+def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path) -> None:
+    """Train a stage in processes of its own; raises Stopped after a signal, Failure unless it ends finished.
+
+    The stage draws on the terminal itself. Its errors pass through here, so that what the launcher adds to the first
+    one can be left out; that pipe ends when the last process of the stage is gone.
+    """
+    child = subprocess.Popen(
+        [*launch.command, __file__, "run-stage", stage.name, *options, "--lifeline"],
+        env=launch.environment,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C is for this process alone: the launcher would die of it with a traceback
+    )
+    reason = ""
+    with StopRequest(then=child.stdin.close) as stop:
+        for line in child.stderr:
+            if line.startswith("error: "):
+                reason = reason or line.removeprefix("error: ").strip()
+            elif not reason and stop.signum is None:
+                sys.stderr.write(line)
+        child.wait()
+    kept = kept_metadata(stage, ckpt)
+    if is_finished(stage, kept):
+        return
+    further = resumption(stage, epochs_done(kept))
+    if stop.signum is not None:
+        raise Stopped(further, stop.signum)
+    raise Failure(f"stage {stage.name} failed: {reason or f'exit code {child.returncode}'}; {further}")
+
+
+app = typer.Typer(
+    help="Train a chain of small image classifiers, each taught by the last, and count what they cost.",
+    epilog="Start here: micronet.py chain --stages demo.toml (offline, two minutes on a CPU)",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the stages.")]
+DataFolder = Annotated[
+    Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")
+]
+CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
+Precision = Literal["fp32", "bf16", "fp16"]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def command(name: str, computes: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command, whose Failures become one line and an exit code.
+
+    A command that computes needs torch, so the program's own copy of this file (see the imports) only checks the
+    stages, which is quick, and leaves the rest to the module `micronet`.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            try:
+                if __name__ != "__main__" or not computes:
+                    return function(**options)
+                if "stages" in options:
+                    load_stages(options["stages"])
+            except Failure as failure:
+                prefix = "" if isinstance(failure, Stopped) else "error: "
+                say(Console(stderr=True), prefix + " ".join(str(failure).split()))
+                raise typer.Exit(failure.exit_code) from None
+            getattr(importlib.import_module("micronet"), function.__name__)(**options)
+
+        return app.command(name)(run)
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"micronet {__version__}")
+        raise typer.Exit()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks must not end a run
+
+
+@command("run-stage", computes=True)
+def run_stage(
+    name: Annotated[str, typer.Argument(help="A stage of the stages file.")],
+    stages: StagesFile = Path("stages.toml"),
+    data: DataFolder = Path("data"),
+    ckpt: CkptFolder = Path("ckpt"),
+    seed: Seed = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")
+    ] = False,
+    lifeline: Annotated[
+        bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")
+    ] = False,
+) -> None:
+    """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
+
+    Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
+    """
+    stage = with_seed(find_stage(load_stages(stages), name), seed)
+    accelerator = open_accelerator()
+    console = new_console(quiet=not accelerator.is_main_process)
+    if restart:
+        start_anew(ckpt / name, accelerator, console)
+    if is_finished(stage, kept_metadata(stage, ckpt)):
+        say(
+            console,
+            f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)",
+        )
+        return
+    with StopRequest(lifeline) as stop, choose_view(console) as view:
+        run = open_run(stage, data, ckpt, accelerator)
+        for event in stoppable(stage, run, stop):
+            if isinstance(event, EpochDone) and accelerator.is_main_process:
+                save_epoch(ckpt / name, stage, run)
+            view(event)
+    accelerator.end_training()
+
+
+@command("chain", computes=False)
+def chain(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Stages, to which teachers are added; none: all.")
+    ] = None,
+    stages: StagesFile = Path("stages.toml"),
+    data: DataFolder = Path("data"),
+    ckpt: CkptFolder = Path("ckpt"),
+    config_file: Annotated[
+        Path, typer.Option("--config-file", help="Launch configuration of accelerate.")
+    ] = Path("accelerate_config.yaml"),
+    seed: Seed = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+) -> None:
+    """Train stages, teachers first. Finished ones are skipped, interrupted ones go on.
+
+    Example: micronet.py chain ex exx
+    """
+    every = load_stages(stages)
+    todo = [with_seed(stage, seed) for stage in with_teachers(every, names or list(every))]
+    kept = {stage: kept_metadata(stage, ckpt) for stage in todo}
+    console = new_console()
+    if dry_run:
+        console.print(plan_table(kept))
+        return
+    options = ["--stages", str(stages), "--data", str(data), "--ckpt", str(ckpt)]
+    options += [] if seed is None else ["--seed", str(seed)]
+    left = [stage for stage in todo if not is_finished(stage, kept[stage])]
+    launch = plan_launch(config_file, console) if left else None
+    for stage in left:
+        launch_stage(launch, stage, options, ckpt)
+    console.print(results_table({stage: kept_metadata(stage, ckpt) for stage in todo}))
+
+
+@command("evaluate", computes=True)
+def evaluate_checkpoints(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Files such as ckpt/ex/best.safetensors.")],
+    data: DataFolder = Path("data"),
+    precision: Annotated[Precision, typer.Option(help="Of the network's arithmetic.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Test checkpoints on the test images that their stages tested on.
+
+    Example: micronet.py evaluate ckpt/ex/best.safetensors ckpt/exx/best.safetensors
+    """
+    results = [evaluate_checkpoint(path, data, precision) for path in checkpoints]
+    render(results, accuracy_table, as_json)
+
+
+@command("score", computes=True)
+def score_networks(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Networks or checkpoints; none: every network.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count the parameters and operations of networks and checkpoints, and their MicroNet score.
+
+    Example: micronet.py score efficientnet_ex ckpt/exx/best.safetensors
+    """
+    scores = [score_network(name, layers) for name in names or NETWORKS]
+    render(scores, score_table, as_json)
+    for s in scores if layers and not as_json else []:
+        new_console().print(layers_table(s["name"], s["layers"]))
+
+
+def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[str, Any]:
+    """Return how a checkpoint does, on a GPU if there is one; raises Refused."""
+    tensors, metadata = load_checkpoint(path)
+    stage, network = trained_stage(path, metadata), network_from(path, tensors, metadata)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = load_images(stage, data, train=False).to(device)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(device.type, low, enabled=low is not None):
+        tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
+    about = {
+        "checkpoint": str(path),
+        "network": stage.network,
+        "dataset": stage.dataset,
+        "images": stage.test_size,
+    }
+    return about | {"precision": precision, **tested._asdict()}
+
+
+def score_network(name: str, layers: bool) -> dict[str, Any]:
+    """Return what a network of `NETWORKS` or of a checkpoint costs, and how accurate a checkpoint is."""
+    if name in NETWORKS:
+        network, top1 = build_network(name), None
+    elif is_path(name):
+        tensors, metadata = load_checkpoint(Path(name))
+        network = network_from(Path(name), tensors, metadata)
+        top1 = metadata["history"][metadata["epoch"] - 1]["test_top1"]
+    else:
+        raise Misconfigured(
+            f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint"
+        )
+    rows = layer_costs(network)
+    cost = total_cost(rows)
+    derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
+    result = {"name": name, "rules": "seed", **cost._asdict(), **derived, "top1": top1}
+    return result | ({"layers": [row._asdict() for row in rows]} if layers else {})
+
+
+def render(
+    results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], Table], as_json: bool
+) -> None:
+    """Print results as JSON or as a table."""
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        new_console().print(table(results))
+
+
+if __name__ == "__main__":
+    app(prog_name="micronet.py")
