@@ -1,0 +1,94 @@
+"""Shared fixtures. The thread count is pinned before torch starts: it decides bits, and two cores are shared."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from typer.testing import CliRunner, Result
+
+import micronet
+
+ROOT = Path(micronet.__file__).parent
+
+TINY = """
+[defaults]
+dataset = "synthetic"
+train_images = 60
+test_images = 50
+batch_size = 20
+epochs = 3
+lr = [[2, 0.02], [3, 0.002]]
+width = 0.1
+depth = 0.1
+
+[stage.first]
+network = "efficientnet_b0"
+stochastic_depth = 0.2
+
+[stage.second]
+network = "efficientnet_ex"
+teacher = "first"
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Let every test open an accelerator of its own."""
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
+    """Forget the accelerator of this process, so that it can open another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def cifar100() -> Path:
+    data = ROOT / "data"
+    if not (data / "cifar-100-python" / "train").exists():
+        pytest.skip("no CIFAR-100 in data/")
+    return data
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a stages file and return its path."""
+
+    def write(text: str = TINY, name: str = "stages.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# The readline module sets COLUMNS=80 where os.environ does not look, but a child process does.
+WIDE = os.environ | {"COLUMNS": "200"}
+
+
+def invoke(*arguments: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(micronet.app, [str(a) for a in arguments], catch_exceptions=False, env=WIDE)
+
+
+def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own, without a terminal."""
+    command = [sys.executable, str(ROOT / "micronet.py"), *map(str, arguments)]
+    options = {"env": WIDE, "stdin": subprocess.DEVNULL, "timeout": 300} | options
+    return subprocess.run(command, capture_output=True, text=True, **options)

@@ -1,0 +1,298 @@
+"""The whole program in processes of its own: launched, in two processes, killed, stopped and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, WIDE, invoke, program, reset_accelerate
+from test_training import same_training
+
+from micronet import read_metadata
+
+CHAIN = """
+[defaults]
+dataset = "synthetic"
+train_images = 100
+test_images = 50
+batch_size = 20
+epochs = 6
+lr = [[4, 0.02], [6, 0.002]]
+width = 0.1
+depth = 0.1
+
+[stage.first]
+network = "efficientnet_b0"
+stochastic_depth = 0.2
+
+[stage.second]
+network = "efficientnet_ex"
+teacher = "first"
+"""
+
+TWO_PROCESSES = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+mixed_precision: "no"
+use_cpu: true
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+"""
+
+
+class Chain:
+    """A chain in a folder, which can be started, watched, killed and started again."""
+
+    def __init__(
+        self, folder: Path, stages: Path, config_file: Path = ROOT / "accelerate_config.yaml"
+    ) -> None:
+        self.ckpt = folder / "ckpt"
+        self.command = [sys.executable, str(ROOT / "micronet.py"), "chain", "--stages", str(stages)]
+        self.command += ["--ckpt", str(self.ckpt), "--config-file", str(config_file)]
+
+    def start(self) -> subprocess.Popen[str]:
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(self.command, text=True, start_new_session=True, env=WIDE, **pipes)
+
+    def wait_for_epoch(self, stage: str, epoch: int) -> None:
+        log, deadline = self.ckpt / stage / "log.jsonl", time.monotonic() + 120
+        while not log.exists() or len(log.read_text().splitlines()) < epoch:
+            assert time.monotonic() < deadline, f"{stage} did not reach epoch {epoch}"
+            time.sleep(0.02)
+
+    def processes(self) -> list[int]:
+        """Return everything that has this chain's folder in its command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and str(self.ckpt) in (entry / "cmdline").read_text():
+                    found.append(int(entry.name))
+            except OSError:  # it has ended
+                pass
+        return found
+
+    def wait_for_end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.processes():
+            assert time.monotonic() < deadline, f"{self.processes()} did not end"
+            time.sleep(0.05)
+
+    def epochs(self, stage: str) -> int:
+        return len((self.ckpt / stage / "log.jsonl").read_text().splitlines())
+
+
+def test_a_chain_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    stages = write(CHAIN)
+    chain = Chain(tmp_path, stages)
+
+    running = chain.start()  # and stop it as Ctrl-C does, in the first stage
+    chain.wait_for_epoch("first", 1)
+    os.killpg(running.pid, signal.SIGINT)
+    os.killpg(running.pid, signal.SIGINT)  # uv run sends it twice
+    output, _ = running.communicate(timeout=30)
+    chain.wait_for_end(0)
+    kept = chain.epochs("first")
+    assert running.returncode == 130
+    assert output.endswith(f"stage first keeps {kept} of 6 epochs; the same command goes on from there\n")
+    assert "Traceback" not in output and "asks for 2 GPUs, this machine has none" in output
+    assert 1 <= kept < 6 and read_metadata(chain.ckpt / "first" / "last.safetensors")["last"]["epoch"] == kept
+
+    running = chain.start()  # and kill all of it in the second stage
+    chain.wait_for_epoch("second", 2)
+    for process in chain.processes():
+        os.kill(process, signal.SIGKILL)
+    output, _ = running.communicate(timeout=30)
+    assert f"goes on after epoch {kept} of 6" in output and "first  epoch 6/6" in output
+    finished = (chain.ckpt / "first" / "last.safetensors").read_bytes()
+
+    running = chain.start()
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, output
+    assert "stage second: efficientnet_ex" in output and "stage first: " not in output
+    assert (chain.ckpt / "first" / "last.safetensors").read_bytes() == finished
+    rows = [line.split() for line in output.splitlines() if line.startswith((" first", " second"))]
+    assert [row[:3] for row in rows] == [["first", "b0", "-"], ["second", "ex", "first"]]
+
+    for stage in ("first", "second"):
+        straight = tmp_path / "straight"
+        assert invoke("run-stage", stage, "--stages", stages, "--ckpt", straight).exit_code == 0
+        for file in ("best.safetensors", "last.safetensors"):
+            assert same_training(straight / stage / file, chain.ckpt / stage / file)
+
+    result = program("chain", "--stages", stages, "--ckpt", chain.ckpt)  # nothing left to do
+    assert result.returncode == 0 and "asks for" not in result.stdout and " second " in result.stdout
+
+
+def test_two_processes_survive_the_loss_of_one(write: Callable[..., Path], tmp_path: Path) -> None:
+    stages, config_file = write(CHAIN), write(TWO_PROCESSES, "two.yaml")
+    killed, straight = (Chain(tmp_path / name, stages, config_file) for name in ("killed", "straight"))
+    for stage in ("first", "second"):  # the teacher for all, and a single process to compare with
+        assert invoke("run-stage", stage, "--stages", stages, "--ckpt", tmp_path / "single").exit_code == 0
+        reset_accelerate()
+    for chain in (killed, straight):
+        shutil.copytree(tmp_path / "single" / "first", chain.ckpt / "first")
+
+    running = killed.start()
+    killed.wait_for_epoch("second", 1)
+    os.kill(max(killed.processes()), signal.SIGKILL)  # the youngest is a worker
+    output, _ = running.communicate(timeout=60)
+    killed.wait_for_end(0)
+    kept = killed.epochs("second")
+    assert running.returncode == 1 and "2 processes" in output and "stage first: " not in output
+    assert "error: stage second failed: " in output
+    assert output.endswith(f"; stage second keeps {kept} of 6 epochs; the same command goes on from there\n")
+
+    for chain in (killed, straight):
+        running = chain.start()
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode == 0, output
+    one, two, undisturbed = (
+        folder / "second" / "last.safetensors" for folder in (tmp_path / "single", killed.ckpt, straight.ckpt)
+    )
+    assert same_training(two, undisturbed)
+    about = read_metadata(two)
+    assert about["processes"] == 2 and len(about["history"]) == 6
+    # The same images and rates as one process, and nearly the same loss: batch norm sees half the batch.
+    for ours, theirs in zip(about["history"], read_metadata(one)["history"]):
+        assert ours["lr"] == theirs["lr"] and ours["train_loss"] == pytest.approx(
+            theirs["train_loss"], rel=0.05
+        )
+
+
+def test_sigterm_to_a_single_stage(write: Callable[..., Path], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        ROOT / "micronet.py",
+        "run-stage",
+        "first",
+        "--stages",
+        write(CHAIN),
+        "--ckpt",
+        tmp_path,
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if "epoch 1/6" in line:
+            break
+    running.terminate()
+    _, errors = running.communicate(timeout=30)
+    kept = len((tmp_path / "first" / "log.jsonl").read_text().splitlines())
+    assert (running.returncode, errors) == (
+        143,
+        f"stage first keeps {kept} of 6 epochs; the same command goes on from there\n",
+    )
+
+
+def test_a_failed_stage_ends_the_chain_with_its_error(write: Callable[..., Path], tmp_path: Path) -> None:
+    stages = write(
+        CHAIN.replace('dataset = "synthetic"', 'dataset = "cifar100"').replace("lr =", "scale = 5\nlr =")
+    )
+    (tmp_path / "cifar-100-python").mkdir()
+    environment = WIDE | {"https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    options = ["--stages", stages, "--data", tmp_path, "--ckpt", tmp_path / "ckpt"]
+    result = program("chain", *options, env=environment, cwd=ROOT)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith(
+        f"error: stage first failed: {tmp_path / 'cifar-100-python'}: no CIFAR-100 here"
+    )
+    assert result.stderr.endswith("stage first keeps 0 of 6 epochs; the same command goes on from there\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("distributed_type: [", "not a launch configuration"),
+        ("- 1", "not a launch configuration"),
+        ("distributed_type: 'NO'\nspeed: 3", "unknown keys"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 4\nnum_machines: 2", "num_machines = 2: expected 1"),
+    ],
+)
+def test_a_bad_launch_configuration_is_one_line(
+    text: str | None, message: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(text, "config.yaml") if text else tmp_path / "missing.yaml"
+    result = invoke("chain", "--stages", write(), "--ckpt", tmp_path, "--config-file", path)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: {path}: ") and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16 needs a GPU"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"},
+            "batch_size = 20: expected a multiple of 3 (1 processes x 3",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    environment: dict[str, str],
+    message: str,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("run-stage", "first", "--stages", write(), "--ckpt", tmp_path)
+    assert result.exit_code == 2 and message in result.stderr and result.output.count("\n") == 1
+
+
+def test_a_dry_run_shows_the_order_and_starts_nothing(tmp_path: Path) -> None:
+    result = invoke(
+        "chain", "exx", "--stages", ROOT / "stages.toml", "--ckpt", tmp_path / "ckpt", "--dry-run"
+    )
+    names = [line.split()[0] for line in result.output.splitlines() if "efficientnet" in line]
+    assert result.exit_code == 0 and names == ["b3", "b3_refined", "b0", "exx"]
+    assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["run-stage"], ["chain"], ["evaluate"], ["score"]])
+def test_help_has_an_example(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0 and "micronet.py" in result.output.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert invoke("--version").output == f"micronet {version('micronet')}\n"
+
+
+def test_real_images(cifar100: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    """A stage and its pupil on 1,000 real images: well above the 1 % of chance."""
+    text = """
+    [defaults]
+    train_images = 1000
+    test_images = 500
+    views = ["jitter"]
+    batch_size = 20
+    epochs = 4
+    width = 0.25
+    depth = 0.25
+    scale = 12
+    lr = { schedule = "cosine", peak = 0.02, warmup_epochs = 0.5 }
+    [stage.plain]
+    network = "efficientnet_b0"
+    [stage.refined]
+    network = "efficientnet_ex"
+    teacher = "plain"
+    """
+    for stage in ("plain", "refined"):
+        result = invoke("run-stage", stage, "--stages", write(text), "--data", cifar100, "--ckpt", tmp_path)
+        assert result.exit_code == 0
+        assert read_metadata(tmp_path / stage / "best.safetensors")["last"]["top1"] > 3
+    paths = [tmp_path / stage / "best.safetensors" for stage in ("plain", "refined")]
+    results = json.loads(invoke("evaluate", *paths, "--data", cifar100, "--json").stdout)
+    assert [r["top1"] for r in results] == [read_metadata(path)["best"]["top1"] for path in paths]

@@ -1,0 +1,123 @@
+"""README: every command and snippet, as it stands there."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, WIDE, invoke
+
+from micronet import load_stages, read_metadata
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()
+]
+DEMO = "pip install uv && uv run micronet.py chain --stages demo.toml"
+
+
+def arguments(command: str) -> list[str]:
+    """Return what a command runs; without uv here, what `uv run` would run."""
+    words = shlex.split(command.removeprefix("pip install uv && "))
+    assert words[:2] == ["uv", "run"]
+    if shutil.which("uv"):
+        return words
+    return [sys.executable, *words[2:]] if words[2] == "micronet.py" else [sys.executable, "-m", *words[2:]]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the repository, in a folder of their own, after README's first command."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("micronet.py", "stages.toml", "demo.toml", "accelerate_config.yaml"):
+        shutil.copy(ROOT / name, folder)
+    start = time.monotonic()
+    result = run(DEMO, folder)
+    print(f"{DEMO}: {time.monotonic() - start:.0f} s")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "demo.out").write_text(result.stdout)
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in WIDE.items() if k != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        arguments(command),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+
+
+def test_the_list_of_commands_is_complete() -> None:
+    tested = {DEMO, "pip install uv && uv run pytest", *LONG, *SHORT, LAUNCH}
+    assert set(COMMANDS) == tested and len(README.splitlines()) <= 160
+
+
+LAUNCH = "uv run accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3"
+LONG = ["uv run micronet.py chain", "uv run micronet.py chain ex"]
+SHORT = [
+    "uv run micronet.py chain --dry-run",
+    "uv run micronet.py evaluate ckpt/student/best.safetensors",
+    "uv run micronet.py score ckpt/student/best.safetensors",
+    "uv run micronet.py score",
+]
+
+
+def test_the_demo_teaches_its_student(clone: Path) -> None:
+    output = (clone / "demo.out").read_text()
+    rows = [line.split() for line in output.splitlines() if line.startswith((" teacher ", " student "))]
+    assert [row[0] for row in rows] == ["teacher", "student"]
+    best = read_metadata(clone / "ckpt" / "student" / "best.safetensors")["best"]["top1"]
+    assert best > 50 and float(rows[1][3]) == pytest.approx(best, abs=0.01)  # chance is 10
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_command(command: str, clone: Path) -> None:
+    result = run(command, clone)
+    assert result.returncode == 0 and re.search(r"\bex\b|student", result.stdout), result.stderr
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_a_long_command_is_understood(command: str, clone: Path) -> None:
+    assert invoke(*arguments(command + " --dry-run")[-len(command.split()) + 2 :]).exit_code == 0
+
+
+def test_a_stage_is_launched(clone: Path, cifar100: Path) -> None:
+    """The whole of b3 takes days here: see that it begins, on two processes without a GPU, and stop it."""
+    (clone / "data").symlink_to(cifar100)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    running = subprocess.Popen(arguments(LAUNCH), cwd=clone, start_new_session=True, **pipes)
+    lines = [running.stdout.readline() for _ in range(3)]
+    os.killpg(running.pid, signal.SIGTERM)
+    running.communicate(timeout=60)
+    assert lines[0].startswith("stage b3: efficientnet_b3, 11,027,240 parameters")
+    assert lines[1] == "teacher: none: the true labels\n" and "2 processes, bf16, not compiled" in lines[2]
+
+
+def test_the_stage_example(clone: Path, tmp_path: Path) -> None:
+    (text,) = (block for kind, block in BLOCKS if kind == "toml")
+    path = tmp_path / "stages.toml"
+    path.write_text((ROOT / "stages.toml").read_text() + text)
+    stage = load_stages(path)["tiny"]
+    assert (stage.teacher, stage.lr.peak, stage.width, stage.weight_decay) == ("b0", 0.2, 0.5, 1e-4)
+
+
+def test_the_python_example(clone: Path) -> None:
+    (snippet,) = (block for kind, block in BLOCKS if kind == "python")
+    result = subprocess.run([sys.executable, "-c", snippet], cwd=clone, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(eval(result.stdout)) == 8 and set(eval(result.stdout)) <= set(CLASSES)
+
+
+CLASSES = "disc ring square frame plus saltire diamond rows columns triangle".split()
