@@ -103,9 +103,7 @@ class Accepts(NamedTuple):
 
 def whole(least: int) -> Accepts:
     """Accept whole numbers from `least` to a billion (`true` is none)."""
-    return Accepts(
-        lambda v: type(v) is int and least <= v <= 10**9, lambda: f"a whole number of {least} or more"
-    )
+    return Accepts(lambda v: type(v) is int and least <= v <= 10**9, lambda: f"a whole number of {least} or more")
 
 
 def is_number(value: Any) -> bool:
@@ -127,11 +125,7 @@ def some_of(names: Callable[[], Collection[str]]) -> Accepts:
     """Accept a list of one or more different `names`."""
 
     def test(value: Any) -> bool:
-        listed = (
-            isinstance(value, list | tuple)
-            and value
-            and all(isinstance(v, str) and v in names() for v in value)
-        )
+        listed = isinstance(value, list | tuple) and value and all(isinstance(v, str) and v in names() for v in value)
         return bool(listed) and len(set(value)) == len(value)
 
     return Accepts(test, lambda: "a list of one or more of " + ", ".join(names()), tuple)
@@ -157,18 +151,10 @@ def is_lr(value: Any) -> bool:
     if isinstance(value, dict):
         warmup = value.get("warmup_epochs", 0)
         known = {"schedule", "peak"} <= set(value) <= set(Schedule._fields)
-        return (
-            known
-            and value["schedule"] in SCHEDULES
-            and is_rate(value["peak"])
-            and is_number(warmup)
-            and warmup >= 0
-        )
+        return known and value["schedule"] in SCHEDULES and is_rate(value["peak"]) and is_number(warmup) and warmup >= 0
     if not isinstance(value, list | tuple) or not value:
         return False
-    if not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and whole(1).test(pair[0]) for pair in value
-    ):
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and whole(1).test(pair[0]) for pair in value):
         return False
     return all(is_rate(rate) for _, rate in value) and all(a[0] < b[0] for a, b in zip(value, value[1:]))
 
@@ -294,9 +280,7 @@ def load_stages(path: Path) -> dict[str, Stage]:
     if not isinstance(tables, dict) or not tables:
         raise Misconfigured(f"{path}: no stage; expected a table [stage.NAME] for each")
     defaults = checked_table(f"{path}: [defaults]", defaults)
-    stages = {
-        name: stage_from(f"{path}: stage {name}", name, table, defaults) for name, table in tables.items()
-    }
+    stages = {name: stage_from(f"{path}: stage {name}", name, table, defaults) for name, table in tables.items()}
     for stage in stages.values():
         check_teacher(path, stage, stages)
     return stages
@@ -324,22 +308,14 @@ def stage_from(where: str, name: str, table: Any, defaults: dict[str, Any]) -> S
     stage = Stage(name, **values)
     data = DATASETS[stage.dataset]
     if stage.train_size > data.train:
-        raise unacceptable(
-            where, "train_images", stage.train_images, f"at most {data.train}, what {stage.dataset} has"
-        )
+        raise unacceptable(where, "train_images", stage.train_images, f"at most {data.train}, what {stage.dataset} has")
     if stage.test_size > data.test:
-        raise unacceptable(
-            where, "test_images", stage.test_images, f"at most {data.test}, what {stage.dataset} has"
-        )
+        raise unacceptable(where, "test_images", stage.test_images, f"at most {data.test}, what {stage.dataset} has")
     if stage.batch_size > stage.train_size:
-        raise unacceptable(
-            where, "batch_size", stage.batch_size, f"at most the {stage.train_size} training images"
-        )
+        raise unacceptable(where, "batch_size", stage.batch_size, f"at most the {stage.train_size} training images")
     if isinstance(stage.lr, Schedule):
         if stage.lr.warmup_epochs >= stage.epochs:
-            raise unacceptable(
-                where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}"
-            )
+            raise unacceptable(where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}")
     elif stage.lr[-1][0] < stage.epochs:
         raise unacceptable(where, "lr", stage.lr, f"rates up to the last epoch, {stage.epochs}")
     return stage
@@ -354,9 +330,7 @@ def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
     while (name := stages[lineage[-1]].teacher) in stages:
         lineage.append(name)
         if name in lineage[:-1]:
-            raise unacceptable(
-                where, "teacher", stage.teacher, f"no cycle, but it goes {' -> '.join(lineage)}"
-            )
+            raise unacceptable(where, "teacher", stage.teacher, f"no cycle, but it goes {' -> '.join(lineage)}")
     if stage.teacher in stages:
         teacher = stages[stage.teacher]
     elif is_path(stage.teacher):
@@ -366,9 +340,7 @@ def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
             raise unacceptable(where, "teacher", stage.teacher, f"a checkpoint ({error})") from None
     else:
         others = ", ".join(name for name in stages if name != stage.name) or "none"
-        raise unacceptable(
-            where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint"
-        )
+        raise unacceptable(where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint")
     if teacher.classes != stage.classes:
         words = f"a data set with its teacher's {teacher.classes} classes, not {stage.classes}"
         raise unacceptable(where, "dataset", stage.dataset, words)
@@ -443,10 +415,7 @@ def stream_seed(*what: Any) -> int:
 # What is fed in: uint8 images that live on the training device, and the augmented views as batched tensor operations.
 
 SIDE = 32  # pixels
-MEAN, STD = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2470, 0.2435, 0.2616),
-)  # of CIFAR-100's training pixels in [0, 1], RGB [1]
+MEAN, STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of CIFAR-100's training pixels in [0, 1], RGB [1]
 LUMA = (0.2989, 0.587, 0.114)  # grey from RGB, ITU-R 601-2 as in torchvision
 
 
@@ -535,9 +504,7 @@ def synthetic_images(n: int, train: bool) -> Images:
         for k, shape in enumerate(SHAPES.values()):
             inside[label == k] = shape(u[label == k], v[label == k])
         ground, contrast = uniform(chunk, 3, 1, 1), uniform(chunk, 3, 1, 1) - 0.5
-        figure = (
-            ground + contrast + 0.25 * contrast.sign()
-        )  # at least 0.25 away from the ground in every channel
+        figure = ground + contrast + 0.25 * contrast.sign()  # at least 0.25 away from the ground in every channel
         image = torch.where(inside[:, None], figure, ground) + 0.4 * (uniform(chunk, 3, SIDE, SIDE) - 0.5)
         pixels.append((image.clamp(0, 1) * 255).round().to(torch.uint8))
         labels.append(label)
@@ -670,9 +637,7 @@ def resampling_weights(
     """Return what each output pixel takes of each input pixel when the crop is stretched to SIDE pixels."""
     grid = torch.arange(SIDE, device=start.device, dtype=torch.float32)
     start, length = start[:, None], length[:, None]
-    source = ((grid + 0.5) * (length / SIDE) - 0.5).clamp(
-        min=0
-    )  # (N, SIDE out), from the crop's first pixel centre
+    source = ((grid + 0.5) * (length / SIDE) - 0.5).clamp(min=0)  # (N, SIDE out), from the crop's first pixel centre
     source = start + torch.minimum(source, length - 1)
     return (1 - (source[..., None] - grid).abs()).clamp(min=0)
 
@@ -759,9 +724,7 @@ class MBConv(nn.Module):
     Stochastic depth [6] leaves the block out with probability `drop`, for each image, where there is a skip.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float) -> None:
         super().__init__()
         hidden = inputs * expansion
         layers: list[nn.Module] = []
@@ -810,9 +773,7 @@ class EfficientNet(nn.Sequential):
             outputs = scaled_channels(base, width)
             for repeat in range(math.ceil(repeats * depth)):
                 first = repeat == 0
-                blocks.append(
-                    MBConv(channels, outputs, expansion, kernel, stride if first else 1, stochastic_depth)
-                )
+                blocks.append(MBConv(channels, outputs, expansion, kernel, stride if first else 1, stochastic_depth))
                 channels = outputs
         head = scaled_channels(HEAD, width)
         layers += [
@@ -842,11 +803,7 @@ def initialize(module: nn.Module) -> None:
 
 
 def build_network(
-    name: str,
-    classes: int = 100,
-    width: float | None = None,
-    depth: float | None = None,
-    stochastic_depth: float = 0.0,
+    name: str, classes: int = 100, width: float | None = None, depth: float | None = None, stochastic_depth: float = 0.0
 ) -> EfficientNet:
     """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
     own = NETWORKS[name]
@@ -1176,9 +1133,7 @@ def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
     elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
         save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
     state = run.optimizer.state
-    momentum = {
-        MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state
-    }
+    momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
     save_checkpoint(folder / "last.safetensors", network | momentum, explanation | {"epoch": last["epoch"]})
     replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
 
@@ -1289,9 +1244,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
     for epoch in range(len(run.history) + 1, stage.epochs + 1):
         start = time.monotonic()
         torch.manual_seed(stream_seed(stage.seed, stage.name, epoch, process))  # stochastic depth
-        plan = plan_epoch(stage, epoch).each(
-            lambda t: t.view(-1, parts, processes, share)[:, :, process].to(device)
-        )
+        plan = plan_epoch(stage, epoch).each(lambda t: t.view(-1, parts, processes, share)[:, :, process].to(device))
         totals = torch.zeros(2, device=device)
         run.model.train()
         for step in range(stage.steps_per_epoch):
@@ -1372,9 +1325,7 @@ class Accuracy(NamedTuple):
     loss: float  # mean cross-entropy of softmax(scale * cosines) against the true labels
 
 
-def evaluate(
-    network: nn.Module, images: Images, scale: float
-) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
+def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
     """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
     totals = torch.zeros(3, device=images.labels.device)
     network.eval()
@@ -1403,16 +1354,12 @@ def open_accelerator(precision: str | None = None) -> Accelerator:
     launched, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count()
     if 0 < gpus < local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
-        raise Misconfigured(
-            f"launched as {local} processes on {gpus} GPU: launch at most one a GPU, or use `chain`"
-        )
+        raise Misconfigured(f"launched as {local} processes on {gpus} GPU: launch at most one a GPU, or use `chain`")
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
     if accelerator.num_processes != launched:
-        raise Misconfigured(
-            f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}"
-        )
+        raise Misconfigured(f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}")
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise Misconfigured(
             f"distributed_type {accelerator.distributed_type.value}: expected NO, MULTI_GPU or MULTI_CPU"
@@ -1447,16 +1394,11 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> 
         fill_network(path, student, tensors)
     student.to(device)
     optimizer = torch.optim.SGD(
-        student.parameters(),
-        learning_rate(stage, 0),
-        momentum=stage.momentum,
-        weight_decay=stage.weight_decay,
+        student.parameters(), learning_rate(stage, 0), momentum=stage.momentum, weight_decay=stage.weight_decay
     )
     for name, parameter in student.named_parameters():
         if MOMENTUM + name in tensors:  # laid out like the weight, which is channels_last
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                tensors[MOMENTUM + name]
-            )
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensors[MOMENTUM + name])
     model, prepared = accelerator.prepare(student, optimizer)
     wrapper = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
@@ -1491,9 +1433,7 @@ def load_teacher(
         )
     tensors, metadata = load_checkpoint(path)
     if metadata["last"]["epoch"] < metadata["stage"]["epochs"]:
-        raise Misconfigured(
-            f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first"
-        )
+        raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
     facts = {"name": stage.teacher, "file": str(path), "sha256": file_hash(path), **metadata["best"]}
     if kept and kept["teacher"]["sha256"] != facts["sha256"]:
         raise Refused(
@@ -1508,9 +1448,7 @@ def run_facts(accelerator: Accelerator) -> dict[str, Any]:
 
     device = accelerator.device
     name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type.upper()} ({platform.machine()})"
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()} ({platform.machine()})"
     )
     compiled = accelerator.state.dynamo_plugin.backend.value.lower()
     return {
@@ -1530,15 +1468,7 @@ def run_facts(accelerator: Accelerator) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Return the commit that this file stands at, with a + if it has changed since, or None outside git."""
-    describe = [
-        "git",
-        "-C",
-        str(Path(__file__).resolve().parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=12",
-    ]
+    describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         result = subprocess.run(describe, capture_output=True, text=True)
     except OSError:  # no git
@@ -1639,9 +1569,7 @@ def introduction(event: Started) -> list[str]:
     """Say what a stage trains and what it runs on."""
     stage, facts, teacher = event.stage, event.facts, event.teacher
     taught = (
-        f"{teacher['name']}, {teacher['top1']:.2f} % top-1 ({teacher['file']})"
-        if teacher
-        else "none: the true labels"
+        f"{teacher['name']}, {teacher['top1']:.2f} % top-1 ({teacher['file']})" if teacher else "none: the true labels"
     )
     launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
     compiled = f"compiled by {facts['compile']}" if facts["compile"] else "not compiled"
@@ -1773,17 +1701,9 @@ def layers_table(name: str, rows: list[dict[str, Any]]) -> Table:
 
 def accuracy_table(results: list[dict[str, Any]]) -> Table:
     """Show how checkpoints do on their test images."""
-    table = new_table(
-        "Test accuracy in percent", "checkpoint, network", "images, top-1, top-5, loss, precision"
-    )
+    table = new_table("Test accuracy in percent", "checkpoint, network", "images, top-1, top-5, loss, precision")
     for r in results:
-        numbers = (
-            f"{r['images']:,}",
-            f"{r['top1']:.2f}",
-            f"{r['top5']:.2f}",
-            f"{r['loss']:.4f}",
-            r["precision"],
-        )
+        numbers = (f"{r['images']:,}", f"{r['top1']:.2f}", f"{r['top5']:.2f}", f"{r['loss']:.4f}", r["precision"])
         table.add_row(r["checkpoint"], r["network"], *numbers)
     return table
 
@@ -1815,9 +1735,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.launcher = os.getppid() if is_launched() else None
-        self.handlers = {
-            signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.handlers = {signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -1835,12 +1753,7 @@ class StopRequest:
     def made(self) -> bool:
         """Tell whether a stop is asked for; costs two system calls."""
         orphaned = self.launcher is not None and os.getppid() != self.launcher
-        return (
-            self.signum is not None
-            or orphaned
-            or self.lifeline
-            and bool(select.select([sys.stdin], [], [], 0)[0])
-        )
+        return self.signum is not None or orphaned or self.lifeline and bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
@@ -1909,14 +1822,7 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
         raise Misconfigured(
             f"{config_file}: num_machines = {config.num_machines}: expected 1, a chain runs on one machine"
         )
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        "--config_file",
-        str(config_file),
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config_file)]
     environment, processes, gpus = {}, config.num_processes, torch.cuda.device_count()
     wanted = f"{config_file} asks for {count(processes, 'GPU')}, this machine has"
     if config.use_cpu and processes > 1:  # accelerate's launcher alone would start a single process
@@ -1975,14 +1881,10 @@ app = typer.Typer(
 )
 
 StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the stages.")]
-DataFolder = Annotated[
-    Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")
-]
+DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")]
 CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
 Precision = Literal["fp32", "bf16", "fp16"]
-Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")
-]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -2028,12 +1930,8 @@ def run_stage(
     data: DataFolder = Path("data"),
     ckpt: CkptFolder = Path("ckpt"),
     seed: Seed = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")
-    ] = False,
-    lifeline: Annotated[
-        bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")] = False,
+    lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
 ) -> None:
     """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
 
@@ -2045,10 +1943,7 @@ def run_stage(
     if restart:
         start_anew(ckpt / name, accelerator, console)
     if is_finished(stage, kept_metadata(stage, ckpt)):
-        say(
-            console,
-            f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)",
-        )
+        say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
         return
     with StopRequest(lifeline) as stop, choose_view(console) as view:
         run = open_run(stage, data, ckpt, accelerator)
@@ -2061,15 +1956,13 @@ def run_stage(
 
 @command("chain", computes=False)
 def chain(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Stages, to which teachers are added; none: all.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Stages, to which teachers are added; none: all.")] = None,
     stages: StagesFile = Path("stages.toml"),
     data: DataFolder = Path("data"),
     ckpt: CkptFolder = Path("ckpt"),
-    config_file: Annotated[
-        Path, typer.Option("--config-file", help="Launch configuration of accelerate.")
-    ] = Path("accelerate_config.yaml"),
+    config_file: Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")] = Path(
+        "accelerate_config.yaml"
+    ),
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
@@ -2110,9 +2003,7 @@ def evaluate_checkpoints(
 
 @command("score", computes=True)
 def score_networks(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Networks or checkpoints; none: every network.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Networks or checkpoints; none: every network.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -2135,12 +2026,7 @@ def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[st
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
         tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
-    about = {
-        "checkpoint": str(path),
-        "network": stage.network,
-        "dataset": stage.dataset,
-        "images": stage.test_size,
-    }
+    about = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
     return about | {"precision": precision, **tested._asdict()}
 
 
@@ -2153,9 +2039,7 @@ def score_network(name: str, layers: bool) -> dict[str, Any]:
         network = network_from(Path(name), tensors, metadata)
         top1 = metadata["history"][metadata["epoch"] - 1]["test_top1"]
     else:
-        raise Misconfigured(
-            f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint"
-        )
+        raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
     rows = layer_costs(network)
     cost = total_cost(rows)
     derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
@@ -2163,9 +2047,7 @@ def score_network(name: str, layers: bool) -> dict[str, Any]:
     return result | ({"layers": [row._asdict() for row in rows]} if layers else {})
 
 
-def render(
-    results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], Table], as_json: bool
-) -> None:
+def render(results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], Table], as_json: bool) -> None:
     """Print results as JSON or as a table."""
     if as_json:
         typer.echo(json.dumps(results, indent=2))

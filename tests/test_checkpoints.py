@@ -14,15 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import micronet
-from micronet import (
-    Misconfigured,
-    Refused,
-    kept_metadata,
-    load_checkpoint,
-    load_network,
-    load_stages,
-    read_metadata,
-)
+from micronet import Misconfigured, Refused, kept_metadata, load_checkpoint, load_network, load_stages, read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +88,7 @@ def test_the_same_content_is_the_same_file(folder: Path, tmp_path: Path) -> None
     tensors, about = load_checkpoint(folder / "ckpt" / "first" / "best.safetensors")
     del about["sha256"]
     for name in "ab":
-        micronet.save_checkpoint(
-            tmp_path / name, dict(reversed(tensors.items())), dict(reversed(about.items()))
-        )
+        micronet.save_checkpoint(tmp_path / name, dict(reversed(tensors.items())), dict(reversed(about.items())))
     original = (folder / "ckpt" / "first" / "best.safetensors").read_bytes()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == original
 
@@ -132,11 +122,7 @@ def test_a_file_cut_short_is_refused(folder: Path, tmp_path: Path, size: int) ->
     path = tmp_path / "short.safetensors"
     path.write_bytes((folder / "ckpt" / "first" / "best.safetensors").read_bytes()[:size])
     result = invoke("evaluate", path)
-    assert (
-        result.exit_code == 3
-        and result.output.startswith(f"error: {path}: ")
-        and result.output.count("\n") == 1
-    )
+    assert result.exit_code == 3 and result.output.startswith(f"error: {path}: ") and result.output.count("\n") == 1
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
@@ -152,10 +138,7 @@ def test_another_networks_weights_are_refused(folder: Path, tmp_path: Path) -> N
     changes = [
         ({k: v for k, v in tensors.items() if k != "embedding.bias"}, "embedding.bias is missing"),
         (tensors | {"extra": torch.zeros(1)}, "extra is not in this network"),
-        (
-            tensors | {"embedding.bias": torch.zeros(7)},
-            r"embedding.bias has shape \(7,\) where \(200,\) is expected",
-        ),
+        (tensors | {"embedding.bias": torch.zeros(7)}, r"embedding.bias has shape \(7,\) where \(200,\) is expected"),
     ]
     for changed, message in changes:
         micronet.save_checkpoint(tmp_path / "x.safetensors", changed, about)

@@ -15,9 +15,7 @@ import micronet
 from micronet import MEAN, STD, VIEWS, Augmentation, Stage, augment, load_images, plan_epoch, synthetic_images
 
 N = 64
-STAGE = Stage(
-    "s", network="efficientnet_b0", dataset="synthetic", train_images=100, test_images=50, batch_size=30
-)
+STAGE = Stage("s", network="efficientnet_b0", dataset="synthetic", train_images=100, test_images=50, batch_size=30)
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +26,7 @@ def pixels() -> Tensor:
 
 def unchanged() -> Augmentation:
     full, zero = torch.full((N,), 32.0), torch.zeros(N)
-    return Augmentation(
-        torch.arange(N), torch.ones(N), torch.ones(N), zero, zero, full, full, torch.zeros(N) > 0
-    )
+    return Augmentation(torch.arange(N), torch.ones(N), torch.ones(N), zero, zero, full, full, torch.zeros(N) > 0)
 
 
 def denormalize(images: Tensor) -> Tensor:
@@ -98,9 +94,7 @@ def test_views_draw_from_torchvisions_distributions(name: str) -> None:
     plan = plan_epoch(replace(STAGE, train_images=n, batch_size=n, views=(name,)), 1).at(0)
     image = torch.empty(3, 32, 32)
     torch.manual_seed(0)
-    boxes = torch.tensor(
-        [RandomResizedCrop.get_params(image, list(view.area), list(view.aspect)) for _ in range(n)]
-    )
+    boxes = torch.tensor([RandomResizedCrop.get_params(image, list(view.area), list(view.aspect)) for _ in range(n)])
     ours = torch.stack([plan.top, plan.left, plan.height, plan.width], 1)
     assert (ours.mean(0) - boxes.float().mean(0)).abs().max() < 0.2
     steps = torch.linspace(0, 1, 11)
@@ -146,12 +140,7 @@ def test_synthetic_images_are_the_same_everywhere() -> None:
     assert images.labels.bincount().tolist() == [150] * 10 and len(images.class_names) == 10
     assert torch.equal(images.pixels[:10], synthetic_images(10, train=True).pixels)
     assert not torch.equal(images.pixels[:10], synthetic_images(10, train=False).pixels)
-    assert images.pixels[:4, :, 0, 0].tolist() == [
-        [96, 131, 153],
-        [203, 83, 222],
-        [224, 88, 120],
-        [87, 96, 178],
-    ]
+    assert images.pixels[:4, :, 0, 0].tolist() == [[96, 131, 153], [203, 83, 222], [224, 88, 120], [87, 96, 178]]
 
 
 def test_synthetic_shapes_survive_a_flip() -> None:
@@ -170,14 +159,10 @@ def test_cifar100_is_torchvisions(cifar100: Path) -> None:
         assert images.class_names == oracle.classes and images.class_names[0] == "apple"
         for i in (0, 7, 199):
             picture, label = oracle[i]
-            assert (
-                torch.equal(images.pixels[i], transforms.pil_to_tensor(picture)) and images.labels[i] == label
-            )
+            assert torch.equal(images.pixels[i], transforms.pil_to_tensor(picture)) and images.labels[i] == label
 
 
-def test_missing_or_damaged_cifar100_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_or_damaged_cifar100_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
 
@@ -187,8 +172,6 @@ def test_missing_or_damaged_cifar100_is_refused_in_one_line(
         if content:
             (tmp_path / "cifar-100-python").mkdir()
             (tmp_path / "cifar-100-python" / "train").write_bytes(content)
-        with pytest.raises(
-            micronet.Refused, match="no CIFAR-100 here that matches .*no network.*name --data"
-        ) as error:
+        with pytest.raises(micronet.Refused, match="no CIFAR-100 here that matches .*no network.*name --data") as error:
             load_images(stage, tmp_path, train=True)
         assert "\n" not in str(error.value)

@@ -30,9 +30,7 @@ def test_b0_is_torchvisions_but_for_strides_projection_bias_and_head() -> None:
     assert norms == [(1e-5, 0.01)] * 49
     strides = [m.stride[0] for m in ours.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
     assert strides == [2, 2]  # 32 to 16 to 8 pixels
-    assert (
-        sum(isinstance(m, nn.SiLU) for m in ours.modules()) == 49 - 16 + 16
-    )  # not after projections; in gates
+    assert sum(isinstance(m, nn.SiLU) for m in ours.modules()) == 49 - 16 + 16  # not after projections; in gates
 
 
 def test_channels_round_to_eight_and_at_most_ten_percent_down() -> None:
@@ -77,9 +75,7 @@ def test_initial_values() -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
             k = module.kernel_size[0]
-            assert module.weight.std().item() == pytest.approx(
-                math.sqrt(2 / (k * k * module.out_channels)), rel=0.05
-            )
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / (k * k * module.out_channels)), rel=0.05)
     biases = [p for name, p in network.named_parameters() if name.endswith("bias")]
     assert not any(bias.any() for bias in biases)
     bound = 1 / math.sqrt(200)
@@ -145,6 +141,4 @@ def test_stochastic_depth_leaves_out_blocks_per_image() -> None:
     assert abs(kept.mean() - 0.75) < 0.08
     block.eval()
     assert ((block(x) - x).abs().amax((1, 2, 3)) > 0).all()
-    assert not any(
-        "Stochastic" in type(m).__name__ for m in MBConv(16, 24, 6, 3, 1, 0.25).modules()
-    )  # no skip
+    assert not any("Stochastic" in type(m).__name__ for m in MBConv(16, 24, 6, 3, 1, 0.25).modules())  # no skip

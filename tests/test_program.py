@@ -50,9 +50,7 @@ main_process_port: 0
 class Chain:
     """A chain in a folder, which can be started, watched, killed and started again."""
 
-    def __init__(
-        self, folder: Path, stages: Path, config_file: Path = ROOT / "accelerate_config.yaml"
-    ) -> None:
+    def __init__(self, folder: Path, stages: Path, config_file: Path = ROOT / "accelerate_config.yaml") -> None:
         self.ckpt = folder / "ckpt"
         self.command = [sys.executable, str(ROOT / "micronet.py"), "chain", "--stages", str(stages)]
         self.command += ["--ckpt", str(self.ckpt), "--config-file", str(config_file)]
@@ -163,22 +161,11 @@ def test_two_processes_survive_the_loss_of_one(write: Callable[..., Path], tmp_p
     assert about["processes"] == 2 and len(about["history"]) == 6
     # The same images and rates as one process, and nearly the same loss: batch norm sees half the batch.
     for ours, theirs in zip(about["history"], read_metadata(one)["history"]):
-        assert ours["lr"] == theirs["lr"] and ours["train_loss"] == pytest.approx(
-            theirs["train_loss"], rel=0.05
-        )
+        assert ours["lr"] == theirs["lr"] and ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
 
 
 def test_sigterm_to_a_single_stage(write: Callable[..., Path], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        ROOT / "micronet.py",
-        "run-stage",
-        "first",
-        "--stages",
-        write(CHAIN),
-        "--ckpt",
-        tmp_path,
-    ]
+    command = [sys.executable, ROOT / "micronet.py", "run-stage", "first", "--stages", write(CHAIN), "--ckpt", tmp_path]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in running.stdout:
         if "epoch 1/6" in line:
@@ -193,17 +180,13 @@ def test_sigterm_to_a_single_stage(write: Callable[..., Path], tmp_path: Path) -
 
 
 def test_a_failed_stage_ends_the_chain_with_its_error(write: Callable[..., Path], tmp_path: Path) -> None:
-    stages = write(
-        CHAIN.replace('dataset = "synthetic"', 'dataset = "cifar100"').replace("lr =", "scale = 5\nlr =")
-    )
+    stages = write(CHAIN.replace('dataset = "synthetic"', 'dataset = "cifar100"').replace("lr =", "scale = 5\nlr ="))
     (tmp_path / "cifar-100-python").mkdir()
     environment = WIDE | {"https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     options = ["--stages", stages, "--data", tmp_path, "--ckpt", tmp_path / "ckpt"]
     result = program("chain", *options, env=environment, cwd=ROOT)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.startswith(
-        f"error: stage first failed: {tmp_path / 'cifar-100-python'}: no CIFAR-100 here"
-    )
+    assert result.stderr.startswith(f"error: stage first failed: {tmp_path / 'cifar-100-python'}: no CIFAR-100 here")
     assert result.stderr.endswith("stage first keeps 0 of 6 epochs; the same command goes on from there\n")
 
 
@@ -230,10 +213,7 @@ def test_a_bad_launch_configuration_is_one_line(
     ("environment", "message"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16 needs a GPU"),
-        (
-            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"},
-            "batch_size = 20: expected a multiple of 3 (1 processes x 3",
-        ),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, "batch_size = 20: expected a multiple of 3 (1 processes x 3"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
@@ -250,9 +230,7 @@ def test_what_cannot_be_honoured_is_refused(
 
 
 def test_a_dry_run_shows_the_order_and_starts_nothing(tmp_path: Path) -> None:
-    result = invoke(
-        "chain", "exx", "--stages", ROOT / "stages.toml", "--ckpt", tmp_path / "ckpt", "--dry-run"
-    )
+    result = invoke("chain", "exx", "--stages", ROOT / "stages.toml", "--ckpt", tmp_path / "ckpt", "--dry-run")
     names = [line.split()[0] for line in result.output.splitlines() if "efficientnet" in line]
     assert result.exit_code == 0 and names == ["b3", "b3_refined", "b0", "exx"]
     assert not (tmp_path / "ckpt").exists()

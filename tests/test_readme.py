@@ -17,9 +17,7 @@ from micronet import load_stages, read_metadata
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()
-]
+COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 DEMO = "pip install uv && uv run micronet.py chain --stages demo.toml"
 
 
@@ -47,7 +45,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in WIDE.items() if k != "OMP_NUM_THREADS"}
+    environment = {k: v for k, v in WIDE.items() if k != "OMP_NUM_THREADS"} | {"VIRTUAL_ENV": sys.prefix}  # for uv
     return subprocess.run(
         arguments(command),
         cwd=folder,

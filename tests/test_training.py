@@ -50,9 +50,7 @@ def test_the_events_of_a_stage(tmp_path: Path) -> None:
     events = list(train_stage(STAGE, begin(STAGE, tmp_path)))
     assert [type(event) for event in events] == [Started, *([Stepped] * 9 + [EpochDone]) * 3, Finished]
     steps = [event for event in events if isinstance(event, Stepped)]
-    assert [(e.epoch, e.step, e.images) for e in steps[:10]] == [(1, s, 20 * s) for s in range(1, 10)] + [
-        (2, 1, 20)
-    ]
+    assert [(e.epoch, e.step, e.images) for e in steps[:10]] == [(1, s, 20 * s) for s in range(1, 10)] + [(2, 1, 20)]
     records = [event.record for event in events if isinstance(event, EpochDone)]
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert all(math.isfinite(value) for record in records for value in record.values())
@@ -62,10 +60,7 @@ def test_it_learns(tmp_path: Path) -> None:
     stage = replace(STAGE, views=("jitter",), train_images=40, epochs=40, lr=((40, 0.02),), scale=16.0)
     run = begin(stage, tmp_path)
     list(train_stage(stage, run))
-    assert (
-        run.history[-1]["train_top1"] > 60
-        and run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
-    )
+    assert run.history[-1]["train_top1"] > 60 and run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
 
 
 def test_no_grad_or_autocast_leaks_out_of_the_generator(tmp_path: Path) -> None:
@@ -154,9 +149,7 @@ def test_short_stages_are_tested_with_the_statistics_they_saw(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_an_interrupted_stage_ends_with_the_same_bits(
-    epochs: int, chain: dict[str, Stage], tmp_path: Path
-) -> None:
+def test_an_interrupted_stage_ends_with_the_same_bits(epochs: int, chain: dict[str, Stage], tmp_path: Path) -> None:
     for stage in chain.values():
         for ckpt, pieces in ((tmp_path / "straight", [3]), (tmp_path / "pieces", [epochs, 3])):
             (ckpt / "first").mkdir(parents=True, exist_ok=True)
@@ -172,9 +165,7 @@ def test_an_interrupted_stage_ends_with_the_same_bits(
                         if event.record["epoch"] == until:
                             break
         for file in ("last.safetensors", "best.safetensors"):
-            assert same_training(
-                tmp_path / "straight" / stage.name / file, tmp_path / "pieces" / stage.name / file
-            )
+            assert same_training(tmp_path / "straight" / stage.name / file, tmp_path / "pieces" / stage.name / file)
 
 
 def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
@@ -197,9 +188,7 @@ def test_accumulation_keeps_the_global_batch(tmp_path: Path, monkeypatch: pytest
         counted: list[int] = []
         run.optimizer.optimizer.register_step_post_hook(lambda *_: counted.append(1))
         list(train_stage(stage, run))
-        results.append(
-            (len(counted), run.student.embedding.weight.detach().clone(), run.history[0]["train_loss"])
-        )
+        results.append((len(counted), run.student.embedding.weight.detach().clone(), run.history[0]["train_loss"]))
         reset_accelerate()
     (steps, weights, loss), (steps2, weights2, loss2) = results
     assert steps == steps2 == 9
@@ -253,9 +242,7 @@ def test_a_finished_stage_is_left_alone_and_restart_moves_it_aside(
     path, last = write(), tmp_path / "first" / "last.safetensors"
     before = last.read_bytes()
     result = invoke("run-stage", "first", "--stages", path, "--ckpt", tmp_path)
-    assert (
-        result.exit_code == 0 and "stage first is finished" in result.output and last.read_bytes() == before
-    )
+    assert result.exit_code == 0 and "stage first is finished" in result.output and last.read_bytes() == before
     reset_accelerate()
     result = invoke("run-stage", "first", "--stages", path, "--ckpt", tmp_path, "--restart")
     assert result.exit_code == 0 and f"{tmp_path / 'first'} is now {tmp_path / 'first.old1'}" in result.output
