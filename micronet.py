@@ -39,6 +39,7 @@ import platform
 import re
 import select
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -613,7 +614,7 @@ def jitter_contrast(
 ) -> Tensor:
     """Blend each image with its mean grey."""
     factor = factor.view(-1, 1, 1, 1)
-    grey = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    grey = (images * per_channel(LUMA, images.device)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     # differs from torchvision's ColorJitter: contrast always after brightness, never before. The two commute but for
     # values that saturate in between.
     return (factor * images + (1 - factor) * grey).clamp(0, 1)
@@ -644,8 +645,14 @@ def resampling_weights(
 
 def normalize(images: Tensor) -> Tensor:
     """Shift and scale RGB values in [0, 1] (N, 3, H, W) to zero mean and unit variance over CIFAR-100; channels_last."""
-    mean, std = images.new_tensor(MEAN).view(3, 1, 1), images.new_tensor(STD).view(3, 1, 1)
+    mean, std = per_channel(MEAN, images.device), per_channel(STD, images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:  # (3, 1, 1)
+    """Return a value a channel on a device, copied there once: every copy from the host makes it wait."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- Networks
@@ -1182,11 +1189,11 @@ class Run:
     student: EfficientNet  # the bare network, as evaluated and saved
     optimizer: torch.optim.Optimizer
     model: nn.Module  # the student as accelerate prepared it: autocast, DDP, compiled
-    teacher: nn.Module | None
-    teacher_facts: dict[str, Any] | None
     cost: Cost
     facts: dict[str, Any]  # device, precision, versions: what a result depends on
-    history: list[dict[str, Any]]  # a record an epoch
+    teacher: nn.Module | None = None
+    teacher_facts: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
 
 
 @dataclass(frozen=True)
@@ -1373,7 +1380,7 @@ def open_accelerator(precision: str | None = None) -> Accelerator:
 
 def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> Run:
     """Put data, student, teacher and optimiser on the device, as the stage left them or as it begins."""
-    device, parts = accelerator.device, accelerator.gradient_accumulation_steps * accelerator.num_processes
+    parts = accelerator.gradient_accumulation_steps * accelerator.num_processes
     if stage.batch_size % parts:
         words = f"{accelerator.num_processes} processes x {accelerator.gradient_accumulation_steps} accumulation steps"
         raise Misconfigured(
@@ -1384,40 +1391,42 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> 
     with accelerator.local_main_process_first():  # which downloads for all
         train, test = (load_images(stage, data, part) for part in (True, False))
 
+    run = new_run(stage, accelerator, train, test)
+    run.teacher, run.teacher_facts = place_teacher(teacher, accelerator) if teacher else None, teacher_facts
+    if kept:
+        restore(run, ckpt / stage.name / "last.safetensors")
+    return run
+
+
+def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images) -> Run:
+    """Return a run that begins: fresh weights, and no teacher yet."""
+    device = accelerator.device
     torch.manual_seed(stream_seed(stage.seed, stage.name, "weights"))
     student = build_network(stage.network, stage.classes, stage.width, stage.depth, stage.stochastic_depth)
     cost = total_cost(layer_costs(student))
-    tensors: dict[str, Tensor] = {}
-    if kept:
-        path = ckpt / stage.name / "last.safetensors"
-        tensors, kept = load_checkpoint(path)
-        fill_network(path, student, tensors)
     student.to(device)
     optimizer = torch.optim.SGD(
         student.parameters(), learning_rate(stage, 0), momentum=stage.momentum, weight_decay=stage.weight_decay
     )
-    for name, parameter in student.named_parameters():
-        if MOMENTUM + name in tensors:  # laid out like the weight, which is channels_last
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensors[MOMENTUM + name])
     model, prepared = accelerator.prepare(student, optimizer)
     wrapper = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(wrapper, nn.parallel.DistributedDataParallel):
         wrapper.broadcast_buffers = False  # each process keeps its statistics; see average_statistics
-    if kept and accelerator.scaler and kept["scaler"]:
-        accelerator.scaler.load_state_dict(kept["scaler"])
-    return Run(
-        accelerator,
-        train.to(device),
-        test.to(device),
-        student,
-        prepared,
-        model,
-        teacher.to(device) if teacher else None,
-        teacher_facts,
-        cost,
-        run_facts(accelerator),
-        kept["history"] if kept else [],
-    )
+    train, test = train.to(device), test.to(device)
+    return Run(accelerator, train, test, student, prepared, model, cost, run_facts(accelerator))
+
+
+def restore(run: Run, path: Path) -> None:
+    """Bring a run to where a checkpoint stands: weights, momentum, history and the loss scale of fp16."""
+    tensors, metadata = load_checkpoint(path)
+    fill_network(path, run.student, tensors)
+    for name, parameter in run.student.named_parameters():
+        if MOMENTUM + name in tensors:  # laid out like the weight, which is channels_last
+            momentum = torch.empty_like(parameter).copy_(tensors[MOMENTUM + name])
+            run.optimizer.state[parameter]["momentum_buffer"] = momentum
+    if run.accelerator.scaler and metadata["scaler"]:
+        run.accelerator.scaler.load_state_dict(metadata["scaler"])
+    run.history = metadata["history"]
 
 
 def load_teacher(
@@ -1439,7 +1448,14 @@ def load_teacher(
         raise Refused(
             f"{path}: the teacher has changed since stage {stage.name} began; go on with the old one or --restart"
         )
-    return network_from(path, tensors, metadata).requires_grad_(False), facts
+    return network_from(path, tensors, metadata), facts
+
+
+def place_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Freeze a teacher on the training device, compiled as the student is; accelerate itself must not prepare it."""
+    teacher = teacher.eval().requires_grad_(False).to(accelerator.device)
+    plugin = accelerator.state.dynamo_plugin
+    return teacher if plugin.backend.value == "NO" else torch.compile(teacher, **plugin.to_kwargs())
 
 
 def run_facts(accelerator: Accelerator) -> dict[str, Any]:
@@ -1474,6 +1490,158 @@ def git_commit() -> str | None:
     except OSError:  # no git
         return None
     return result.stdout.strip() or None
+
+
+class Clock:
+    """Marks between the parts of a step, on the device's own time line: setting one waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, part: str) -> None:
+        """Note that `part` ends here."""
+        if self.device.type == "cuda":
+            self.marks.append((part, torch.cuda.Event(enable_timing=True)))
+            self.marks[-1][1].record()
+        else:
+            self.marks.append((part, time.perf_counter()))
+
+    def seconds(self) -> list[tuple[str, float]]:
+        """Return every part but the first with its time since the mark before it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return [(part, a.elapsed_time(b) / 1000) for (_, a), (part, b) in zip(self.marks, self.marks[1:])]
+        return [(part, b - a) for (_, a), (part, b) in zip(self.marks, self.marks[1:])]
+
+
+def train_timed(stage: Stage, run: Run, steps: int) -> list[dict[str, float]]:
+    """Train some steps and return the seconds of each step after the first, by part and in all (`step`).
+
+    It is the training loop itself that is timed: hooks of its modules and of its optimiser set the marks.
+    """
+    clock = Clock(run.accelerator.device)
+    hooks = [
+        run.model.register_forward_pre_hook(lambda *_: clock.mark("views")),
+        run.model.register_forward_hook(lambda *_: clock.mark("forward")),
+        run.optimizer.optimizer.register_step_pre_hook(lambda *_: clock.mark("backward")),
+        run.optimizer.optimizer.register_step_post_hook(lambda *_: clock.mark("optimizer")),
+    ]
+    if run.teacher:
+        hooks += [run.teacher.register_forward_hook(lambda *_: clock.mark("teacher"))]
+    for event in train_stage(stage, run):
+        if isinstance(event, Stepped):
+            clock.mark("rest")
+            if event.step == steps:
+                break
+    for hook in hooks:
+        hook.remove()
+    timed: list[dict[str, float]] = [{}]
+    for part, seconds in clock.seconds():
+        timed[-1][part] = timed[-1].get(part, 0.0) + seconds  # gradient accumulation repeats parts
+        if part == "rest":
+            timed.append({})
+    return [step | {"step": sum(step.values())} for step in timed[1:-1]]
+
+
+def measure_speed(stage: Stage, run: Run, warm_up: int, steps: int) -> dict[str, Any]:
+    """Return how fast a run trains, as medians over `steps` steps, and what bounds it.
+
+    `idle` is the share of a step in which the device computes nothing (on a CPU: its cores, on average). `limit` is
+    the share of a step that its bytes or operations need at the device's own rates, whichever is more: `traffic`
+    of the student's forward pass, twice that for backward, and the teacher's.
+    """
+    device, facts = run.accelerator.device, run.facts
+    train_timed(stage, run, warm_up)
+    used, begun = time.process_time(), time.perf_counter()
+    timed = train_timed(stage, run, 1 + steps)
+    idle = 1 - (time.process_time() - used) / (time.perf_counter() - begun) / facts["threads"]
+    median = {part: statistics.median(step[part] for step in timed) for part in timed[0]}
+    if device.type == "cuda":
+        idle = 1 - device_seconds(stage, run, steps) / (steps * median["step"])
+    peak_mb = peak_memory_mb(device)  # before `device_rates` takes memory of its own
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(facts["precision"], torch.float32)
+    bandwidth, rate = device_rates(device, kind)
+    moved, macs = (3 * n for n in traffic(run.student))
+    if run.teacher:
+        moved, macs = (n + m for n, m in zip((moved, macs), traffic(run.teacher)))
+    images = stage.batch_size / facts["processes"]
+    least = images * max(moved * kind.itemsize / bandwidth, 2 * macs / rate)
+    return {
+        "stage": stage.name,
+        "network": stage.network,
+        "teacher": stage.teacher,
+        **{name: facts[name] for name in ("device", "processes", "threads", "precision", "compile")},
+        "batch_size": stage.batch_size,
+        "images_per_second": stage.batch_size / median["step"],
+        "seconds": {part: median.get(part, 0.0) for part in PARTS},
+        "peak_memory_mb": peak_mb,
+        "idle": max(0.0, idle),
+        "limit": least / median["step"],
+    }
+
+
+PARTS = ("views", "teacher", "forward", "backward", "optimizer")  # of a step; backward includes the loss
+
+
+def device_seconds(stage: Stage, run: Run, steps: int) -> float:
+    """Return for how long the kernels of some steps keep a GPU busy."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        train_timed(stage, run, steps)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def device_rates(device: torch.device, kind: torch.dtype) -> tuple[float, float]:  # bytes/s, operations/s
+    """Measure how fast a device copies memory (bytes read and written) and multiplies matrices; the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    matrix, source = torch.ones(side, side, device=device, dtype=kind), torch.ones(2**26, device=device)
+    target, clock = torch.empty_like(source), Clock(device)
+    for _ in range(6):  # the first warms up
+        clock.mark("begin")
+        target.copy_(source)
+        clock.mark("copy")
+        matrix @ matrix
+        clock.mark("multiply")
+    best = {part: min(s for p, s in clock.seconds()[2:] if p == part) for part in ("copy", "multiply")}
+    return 2 * source.nbytes / best["copy"], 2 * side**3 / best["multiply"]
+
+
+def traffic(network: nn.Module) -> tuple[int, int]:
+    """Return how many elements a forward pass moves for one image, and its multiply-accumulates.
+
+    Every leaf module reads its input and writes its output once; weights are shared by a batch and not counted.
+    """
+    moved = macs = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal moved, macs
+        moved += inputs[0].numel() + output.numel()
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            macs += output.numel() * module.weight[0].numel()
+
+    hooks = [module.register_forward_hook(count) for module in network.modules() if not list(module.children())]
+    weight = next(network.parameters())
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype))
+    for hook in hooks:
+        hook.remove()
+    return moved, macs
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory, in MiB, that this process has had on a GPU, or at all where it computes on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def random_images(stage: Stage, n: int) -> Images:
+    """Return `n` images and labels that mean nothing, of the stage's kind."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(stage.classes, (n,), generator=generator), [])
 
 
 # ------------------------------------------------------------------------------------------------------------- Views
@@ -1699,6 +1867,34 @@ def layers_table(name: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def speed_table(results: list[dict[str, Any]]) -> Table:
+    """Show how fast stages train and where the time goes, a column each."""
+    table = new_table("Training speed: medians over steps", "", ", ".join("" for _ in results))
+    for column, result in zip(table.columns[1:], results):
+        column.header = result["stage"]
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "network": lambda r: r["network"].removeprefix("efficientnet_"),
+        "teacher": lambda r: r["teacher"] or "-",
+        "device": lambda r: r["device"],
+        "precision, compiled": lambda r: f"{r['precision']}, {r['compile'] or 'no'}",
+        "processes x threads": lambda r: f"{r['processes']} x {r['threads']}",
+        "batch size": lambda r: f"{r['batch_size']:,}",
+        "images/s": lambda r: f"{r['images_per_second']:,.1f}",
+        **{f"{part}, ms": lambda r, part=part: f"{1000 * r['seconds'][part]:,.1f}" for part in PARTS},
+        "peak memory, MiB": lambda r: f"{r['peak_memory_mb']:,.0f}",
+        "device idle": lambda r: f"{100 * r['idle']:.0f} %",
+        "of the limit": lambda r: f"{100 * r['limit']:.0f} %",
+        "images left": lambda r: f"{r['images_left']:,}",
+        "time left": lambda r: duration(r["seconds_left"]),
+    }
+    for label, cell in rows.items():
+        table.add_row(label, *map(cell, results))
+    table.caption = (
+        f"the rest of these stages, one after the other: {duration(sum(r['seconds_left'] for r in results))}"
+    )
+    return table
+
+
 def accuracy_table(results: list[dict[str, Any]]) -> Table:
     """Show how checkpoints do on their test images."""
     table = new_table("Test accuracy in percent", "checkpoint, network", "images, top-1, top-5, loss, precision")
@@ -1883,12 +2079,13 @@ app = typer.Typer(
 StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the stages.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")]
 CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
+ConfigFile = Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def command(name: str, computes: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command, whose Failures become one line and an exit code.
 
     A command that computes needs torch, so the program's own copy of this file (see the imports) only checks the
@@ -1909,7 +2106,7 @@ def command(name: str, computes: bool) -> Callable[[Callable[..., None]], Callab
                 raise typer.Exit(failure.exit_code) from None
             getattr(importlib.import_module("micronet"), function.__name__)(**options)
 
-        return app.command(name)(run)
+        return app.command(name, hidden=hidden)(run)
 
     return register
 
@@ -1960,9 +2157,7 @@ def chain(
     stages: StagesFile = Path("stages.toml"),
     data: DataFolder = Path("data"),
     ckpt: CkptFolder = Path("ckpt"),
-    config_file: Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")] = Path(
-        "accelerate_config.yaml"
-    ),
+    config_file: ConfigFile = Path("accelerate_config.yaml"),
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
@@ -1984,6 +2179,82 @@ def chain(
     for stage in left:
         launch_stage(launch, stage, options, ckpt)
     console.print(results_table({stage: kept_metadata(stage, ckpt) for stage in todo}))
+
+
+@command("bench", computes=False)
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
+    stages: StagesFile = Path("stages.toml"),
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with CIFAR-100; none: random images.")] = None,
+    ckpt: CkptFolder = Path("ckpt"),
+    config_file: ConfigFile = Path("accelerate_config.yaml"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time, after three that are not.")] = 10,
+    as_json: AsJson = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the operations that take longest, too.")] = False,
+) -> None:
+    """Measure how fast stages train on this machine, launched as `chain` does, and what is left would take.
+
+    Example: micronet.py bench b3 ex --steps 20
+    """
+    every = load_stages(stages)
+    todo = [find_stage(every, name) for name in names or every]
+    launch = plan_launch(config_file, Console(stderr=True))
+    options = ["--stages", str(stages), "--steps", str(steps), *(["--profile"] if profile else [])]
+    options += ["--data", str(data)] if data else []
+    results = [launch_bench(launch, stage, options) | rest_of(stage, ckpt) for stage in todo]
+    for result in results:
+        result["seconds_left"] = result["images_left"] / result["images_per_second"]
+    render(results, speed_table, as_json)
+    for result in results if profile and not as_json else []:
+        typer.echo(f"stage {result['stage']}\n{result['profile']}")
+
+
+@command("bench-stage", computes=True, hidden=True)
+def bench_stage(
+    name: str,
+    stages: StagesFile,
+    steps: Annotated[int, typer.Option("--steps")],
+    data: Annotated[Path | None, typer.Option("--data")] = None,
+    profile: Annotated[bool, typer.Option("--profile")] = False,
+) -> None:
+    """Measure one stage in this process and print JSON; `bench` launches it."""
+    every, warm_up = load_stages(stages), 3
+    stage = find_stage(every, name)
+    needed = max(stage.batch_size, math.ceil(stage.batch_size * (warm_up + steps) / len(stage.views)))
+    stage = replace(stage, train_images=min(needed, DATASETS[stage.dataset].train))
+    accelerator = open_accelerator()
+    images = load_images(stage, data, train=True) if data else random_images(stage, stage.train_size)
+    run = new_run(stage, accelerator, images, images)
+    if stage.teacher:
+        path = Path(stage.teacher)
+        teacher = every[stage.teacher] if stage.teacher in every else trained_stage(path, read_metadata(path))
+        network = build_network(teacher.network, teacher.classes, teacher.width, teacher.depth)
+        run.teacher = place_teacher(network, accelerator)
+    result = measure_speed(stage, run, warm_up, steps)
+    if profile:
+        with torch.profiler.profile() as profiled:
+            train_timed(stage, run, 3)
+        by = "self_cuda_time_total" if accelerator.device.type == "cuda" else "self_cpu_time_total"
+        result["profile"] = profiled.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40)
+    if accelerator.is_main_process:
+        typer.echo(json.dumps(result))
+    accelerator.end_training()
+
+
+def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, Any]:
+    """Measure a stage in processes of its own; raises Failure with its error."""
+    command = [*launch.command, __file__, "bench-stage", stage.name, *options]
+    result = subprocess.run(command, env=launch.environment, capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        errors = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
+        raise Failure(errors[0] if errors else f"stage {stage.name}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def rest_of(stage: Stage, ckpt: Path) -> dict[str, Any]:
+    """Return how many images a stage has still to see."""
+    epochs = stage.epochs - epochs_done(kept_metadata(stage, ckpt))
+    return {"images_left": max(0, epochs) * stage.steps_per_epoch * stage.batch_size}
 
 
 @command("evaluate", computes=True)

@@ -1,0 +1,181 @@
+"""Speed: what is measured adds up, and the fast trainer computes what the plain one does."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT, WIDE, invoke, reset_accelerate
+from test_training import same_training
+from torch import nn
+
+import micronet
+from micronet import Stage, Stepped, augment, build_network, load_stages, plan_epoch, random_images
+
+
+@pytest.fixture(scope="module")
+def plain() -> ModuleType:
+    """benchmarks/plain.py as a module."""
+    spec = importlib.util.spec_from_file_location("plain", ROOT / "benchmarks" / "plain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def copied(plain: ModuleType, network: nn.Module, width: float, depth: float) -> nn.Module:
+    """Return the plain network with the weights of one of ours."""
+    copy = plain.PlainNetwork(100, width, depth)
+    ours = network.state_dict()
+    assert [tuple(t.shape) for t in ours.values()] == [tuple(t.shape) for t in copy.state_dict().values()]
+    copy.load_state_dict({name: tensor.contiguous() for name, tensor in zip(copy.state_dict(), ours.values())})
+    return copy
+
+
+@pytest.mark.parametrize("name", list(micronet.NETWORKS))
+def test_the_fast_network_is_the_plain_one(name: str, plain: ModuleType) -> None:
+    torch.manual_seed(0)
+    network = build_network(name)
+    copy = copied(plain, network, *micronet.NETWORKS[name])
+    x = torch.randn(2, 3, 32, 32)
+    for mode in (True, False):
+        ours, theirs = network.train(mode)(x), copy.train(mode)(x)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_fifty_steps_follow_the_plain_trainer(taught: bool, plain: ModuleType) -> None:
+    """The same weights and batches: the losses of the loop of train_stage and of the plain one agree to 1e-3."""
+    images, rate = 16, 0.02
+    stage = Stage(
+        "small", network="efficientnet_ex", width=0.25, depth=0.25, train_images=267, batch_size=images, epochs=1
+    )
+    stage = replace(stage, lr=((1, rate),))
+    accelerator = micronet.open_accelerator()
+    run = micronet.new_run(stage, accelerator, random_images(stage, 267), random_images(stage, 20))
+    teacher = build_network("efficientnet_b0", 100, 0.25, 0.25).eval().requires_grad_(False) if taught else None
+    run.teacher = teacher
+    copy = copied(plain, run.student, 0.25, 0.25)
+    old = copied(plain, teacher, 0.25, 0.25).eval() if taught else None
+
+    plan = plan_epoch(stage, 1)
+    batches = [(augment(run.train.pixels[how.image], how), run.train.labels[how.image])
+               for how in (plan.at(step) for step in range(50))]  # fmt: skip
+    expected = plain.train(copy, old, batches, rate, stage.scale)
+    totals = []
+    for event in micronet.train_stage(stage, run):
+        if isinstance(event, Stepped):
+            totals.append(float(event.totals[0]) / images)
+            if event.step == 50:
+                break
+    losses = [b - a for a, b in zip([0.0, *totals], totals)]
+    assert len(losses) == 50 and losses == pytest.approx(expected, abs=1e-3)
+
+
+STAGES = """
+[defaults]
+width = 0.1
+depth = 0.1
+batch_size = 20
+epochs = 3
+lr = [[3, 0.02]]
+[stage.first]
+network = "efficientnet_b0"
+[stage.second]
+network = "efficientnet_ex"
+teacher = "first"
+"""
+
+
+def test_bench_measures_every_part_without_data(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(STAGES)
+    result = invoke("bench", "--stages", path, "--ckpt", tmp_path, "--steps", 5, "--json", "--profile")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
+    assert (first["stage"], second["stage"]) == ("first", "second")
+    for speed in (first, second):
+        step = speed["batch_size"] / speed["images_per_second"]
+        assert 0.5 * step < sum(speed["seconds"].values()) < 1.2 * step  # medians do not quite add up
+        assert speed["seconds"]["backward"] > speed["seconds"]["optimizer"] > 0
+        assert speed["precision"] == "fp32" and speed["compile"] is None and speed["device"].startswith("CPU")
+        assert 100 < speed["peak_memory_mb"] < 4000 and 0 <= speed["idle"] < 1 and 0 < speed["limit"] < 1
+        assert speed["images_left"] == 3 * 150_000 and "convolution_backward" in speed["profile"]
+        assert speed["seconds_left"] == pytest.approx(speed["images_left"] / speed["images_per_second"])
+    assert first["seconds"]["teacher"] == 0 < second["seconds"]["teacher"]
+
+
+def test_bench_shows_a_table_and_names_a_stage_that_is_not_there(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(STAGES)
+    result = invoke("bench", "second", "--stages", path, "--ckpt", tmp_path, "--steps", 1)
+    lines = {line.split("  ")[0].strip(): line.split()[-1] for line in result.output.splitlines() if line.strip()}
+    assert result.exit_code == 0 and lines["network"] == "ex" and lines["teacher"] == "first"
+    assert float(lines["images/s"].replace(",", "")) > 0 and "time left" in lines
+    result = invoke("bench", "third", "--stages", path, "--ckpt", tmp_path)
+    assert result.exit_code == 2 and 'error: "third": no such stage; there are first, second' in result.output
+
+
+def test_the_parts_of_a_step_are_those_of_the_training_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow one part down by a known time: that part, and no other, takes so much longer."""
+    stage = Stage("small", network="efficientnet_ex", width=0.1, depth=0.1, train_images=40, batch_size=20, epochs=1)
+    run = micronet.new_run(stage, micronet.open_accelerator(), *[random_images(stage, 40)] * 2)
+    run.teacher = build_network("efficientnet_b0", 100, 0.1, 0.1).eval().requires_grad_(False)
+    run.teacher.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    monkeypatch.setattr(micronet, "augment", lambda *a, augment=augment: time.sleep(0.1) or augment(*a))
+    for step in micronet.train_timed(stage, run, 5)[1:]:
+        assert 0.2 < step["teacher"] < 0.3 and 0.1 < step["views"] < 0.2
+        assert step["forward"] + step["backward"] + step["optimizer"] < 0.2
+        assert step["step"] == pytest.approx(sum(step[part] for part in [*micronet.PARTS, "rest"]))
+
+
+def test_compilation_as_configured_changes_nothing_but_the_speed(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student and teacher, compiled by torch's own front end with a back end that needs no C++ compiler."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda m, compile=torch.compile, **k: compiled.append(k) or compile(m, **k))
+    for folder, backend in (("plain", "NO"), ("compiled", "EAGER")):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        for stage in ("first", "second"):
+            result = invoke("run-stage", stage, "--stages", write(), "--ckpt", tmp_path / folder)
+            assert result.exit_code == 0 and ("compiled by eager" in result.output) == (backend == "EAGER")
+            reset_accelerate()
+    assert [k["backend"] for k in compiled] == ["eager"] * 3  # two students and a teacher
+    for stage in ("first", "second"):
+        paths = [tmp_path / folder / stage / "last.safetensors" for folder in ("plain", "compiled")]
+        assert same_training(*paths)
+
+
+def test_traffic_counts_elements_and_multiplications() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10))
+    image, hidden = 3 * 32 * 32, 4 * 32 * 32
+    moved = (image + hidden) + 2 * hidden + 2 * hidden + (hidden + 10)
+    assert micronet.traffic(network) == (moved, hidden * 27 + 4096 * 10)
+
+
+def test_the_plain_trainer_prints_its_speed(tmp_path: Path) -> None:
+    options = ["--data", tmp_path, "--batch-size", 4, "--steps", 2, "--warm-up", 1, "--workers", 1]
+    command = [sys.executable, ROOT / "benchmarks" / "plain.py", "--teacher", "efficientnet_b0", *options]
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=WIDE)
+    speed = json.loads(result.stdout)
+    assert speed["images_per_second"] > 0 and speed["peak_memory_mb"] > 100 and speed["batch_size"] == 4
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu(write: Callable[..., Path]) -> None:
+    stage = replace(load_stages(write(STAGES))["second"], train_images=100)
+    run = micronet.new_run(stage, micronet.open_accelerator(), *[random_images(stage, 100)] * 2)
+    run.teacher = build_network("efficientnet_b0", 100, 0.1, 0.1).eval().requires_grad_(False).cuda()
+    try:
+        for event in micronet.train_stage(stage, run):
+            if isinstance(event, Stepped) and event.step == 2:  # the first step fills caches
+                torch.cuda.set_sync_debug_mode("error")
+            if isinstance(event, Stepped) and event.step == 10:
+                break
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
