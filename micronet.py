@@ -5,13 +5,14 @@
 
 A stage trains one network. From the second stage on a frozen teacher labels the very crop that the student sees
 (label refinery [1, 2]), and the best network of a stage is the teacher of the next. The smallest two, ex and exx,
-have 2,793,064 and 2,418,650 parameters and score 0.0748 and 0.0668 by the authors' count (`score` computes it); the
-authors report 80.12 % and 80.14 % top-1 for them [1]. What this program has measured itself stands in README.md.
+have 2,793,064 and 2,418,650 parameters and score 0.0748 and 0.0668 by the authors' count, 0.0740 and 0.0661 by the
+challenge's and 0.0723 and 0.0644 as `export` writes them (`score` computes all of these); the authors report 80.12 % and 80.14 % top-1 for them [1]. What this program has measured itself stands in README.md.
 
     micronet.py chain                           train all stages, teachers first, skipping what is finished
     accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3         train one stage
     micronet.py evaluate ckpt/ex/best.safetensors                                  accuracy of a checkpoint
     micronet.py score                           parameters, operations and MicroNet score of every network
+    micronet.py export ckpt/ex/best.safetensors ex.onnx                        the network as it ships, folded
 
 References
 [1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
@@ -29,12 +30,17 @@ Dimensions in shape comments: N batch, C channels, H height, W width, K classes,
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib
+import io
+import itertools
 import json
 import math
+import operator
 import os
+import pickle
 import platform
 import re
 import select
@@ -45,6 +51,8 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -53,7 +61,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import rich.box
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -299,9 +307,12 @@ def checked_table(where: str, table: Any) -> dict[str, Any]:
     return {name: KEYS[name].convert(value) for name, value in table.items()}
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a stage
+
+
 def stage_from(where: str, name: str, table: Any, defaults: dict[str, Any]) -> Stage:
     """Build a stage from its table over the checked defaults, and check what only the whole can tell."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+    if not re.fullmatch(NAME, name):
         raise Misconfigured(f"{where}: a stage's name is made of up to 64 letters, digits, - and _")
     values = defaults | checked_table(where, table)
     if "network" not in values:
@@ -818,6 +829,35 @@ def build_network(
     return network.to(memory_format=torch.channels_last)
 
 
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Put every batch norm that follows a convolution into it: the same function in evaluation mode. Changes `network`.
+
+    w' = w * scale / sqrt(variance + eps),  b' = (b - mean) * scale / sqrt(variance + eps) + shift
+    """
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for parent in [module for module in network.eval().modules() if isinstance(module, nn.Sequential)]:
+        for (first, convolution), (second, norm) in itertools.pairwise(parent.named_children()):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, first, fuse_conv_bn_eval(convolution, norm))
+                setattr(parent, second, nn.Identity())
+    return network
+
+
+def fold_network(network: EfficientNet) -> EfficientNet:
+    """Fold batch norms, and embedding, L2 norm and cosine kernel into one linear layer. Changes `network`.
+
+    (W x + b) / |W x + b| @ K, with K's columns normalised, has its largest value where K^T W x + K^T b has: a positive
+    factor moves no maximum. What the folded network returns are not cosines, but the same predictions.
+    """
+    fold_batch_norms(network)
+    weight, kernel = network.embedding.weight, F.normalize(network.cosine.kernel, dim=0)
+    linear = nn.Linear(weight.shape[1], kernel.shape[1], dtype=weight.dtype)
+    linear.weight.data, linear.bias.data = kernel.T @ weight, kernel.T @ network.embedding.bias
+    network.embedding, network.cosine = linear, nn.Identity()
+    return network
+
+
 # ------------------------------------------------------------------------------------------------------------ Losses
 
 
@@ -848,29 +888,39 @@ def refined_loss(
 
 
 # -------------------------------------------------------------------------------------------------------------- Cost
-# What a network costs, as the method's authors counted it [1]: measured by running it, layer by layer.
+# What a network costs, measured by walking it layer by layer as it runs: as the method's authors counted [1], and by
+# the rules of the challenge [9].
 
 BASELINE_PARAMS, BASELINE_OPS = 36.5e6, 10.49e9  # WideResNet-28-10 [9]
 
 
-class LayerCost(NamedTuple):
-    """What one layer costs for one image."""
+class Entry(NamedTuple):
+    """A row of the challenge's board, CIFAR-100."""
 
-    layer: str
-    kind: str
-    params: int
-    flops: int  # multiply-accumulates, as the authors print them
-    mults: int
-    adds: int
+    name: str
+    score: float
+    top1: float  # percent
+    how: str
+
+
+BOARD = [  # [9]
+    Entry("RIAIR", 0.0044, 80.39, "DenseNet-BC-100, 75 % pruned, 4-bit weights and activations, distilled"),
+    Entry("KAIST", 0.0054, 80.07, "0.46 M MobileNetV3-like network, 60 % pruned, 16-bit, CutMix"),
+    Entry("OSI", 0.0058, 80.04, "searched EfficientNet, 64 % pruned, early exit"),
+    Entry("MSUNet v3", 0.0108, 80.13, "MixNet-like, ternary"),
+    Entry("the authors' exx [1]", 0.1114, 80.14, "their own count at 32 bits; 0.0668 at 16; not verified"),
+    Entry("the authors' ex [1]", 0.1254, 80.12, "their own count at 32 bits; 0.0748 at 16; not verified"),
+]
 
 
 class Cost(NamedTuple):
-    """What a network costs for one image."""
+    """What a network or a layer costs for one image."""
 
-    params: int
-    flops: int
+    params: int  # values that are stored
+    flops: int  # multiply-accumulates; by the seed's rules as the authors print them
     mults: int
     adds: int
+    mask_bits: int = 0  # where the values of sparse tensors stand: a bit for each position
 
     @property
     def ops(self) -> float:
@@ -882,69 +932,177 @@ class Cost(NamedTuple):
         return self.mults + self.adds
 
     @property
+    def bytes(self) -> float:
+        """What the score takes a network of 16-bit values to need."""
+        return 2 * self.params + self.mask_bits / 8
+
+    @property
     def score(self) -> float:
-        """MicroNet score at 16 bits: 0.5 params / 36.5 M + ops / 10.49 G [9]."""
-        return 0.5 * self.params / BASELINE_PARAMS + self.ops / BASELINE_OPS
+        """MicroNet score at 16 bits, which are free to all who quantise nothing further [9].
+
+        (params / 2 + mask_bits / 32) / 36.5 M + (mults / 2 + adds) / 10.49 G
+        """
+        return (0.5 * self.params + self.mask_bits / 32) / BASELINE_PARAMS + self.ops / BASELINE_OPS
 
     @property
     def score_32bit(self) -> float:
-        return self.params / BASELINE_PARAMS + self.ops_32bit / BASELINE_OPS
+        return (self.params + self.mask_bits / 32) / BASELINE_PARAMS + self.ops_32bit / BASELINE_OPS
 
 
-def layer_costs(network: nn.Module) -> list[LayerCost]:
-    """Count every leaf module of a network while it runs on one image.
+class Operation(NamedTuple):
+    """A module or a function that a network runs on one image."""
 
-    Raises TypeError at a module that `count_layer` has no rule for. The network is left in evaluation mode.
+    layer: str
+    what: nn.Module | Callable[..., Tensor]
+    inputs: int  # elements of its first input
+    outputs: int  # elements
+    folded: bool  # a convolution with the batch norm that alone follows it, or that batch norm
+    again: bool  # a module that has run before: its parameters are counted already
+
+
+def operations(network: nn.Module) -> list[Operation]:
+    """Walk a network while it runs on one image; it is left in evaluation mode.
+
+    Raises TypeError at a parameter that no module of its own uses.
     """
-    rows: list[LayerCost] = []
+    from torch.fx import GraphModule, Tracer
+    from torch.fx.passes.shape_prop import ShapeProp
 
-    def count(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        params = sum(p.numel() for p in module.parameters())
-        rows.append(LayerCost(name, type(module).__name__, params, *count_layer(module, inputs[0], output)))
-
-    leaves = [(name, module) for name, module in network.named_modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(functools.partial(count, name)) for name, module in leaves]
+    tracer = Tracer()
+    tracer.is_leaf_module = lambda module, name: not list(module.children())
+    graph = tracer.trace(network.eval())
     weight = next(network.parameters())
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return rows
+    with torch.no_grad():
+        ShapeProp(GraphModule(network, graph)).propagate(
+            torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype)
+        )
+    found: list[Operation] = []
+    seen: set[nn.Module] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
+            raise TypeError(f"no rule to count {node.target} outside a module")
+        what = network.get_submodule(node.target) if node.op == "call_module" else node.target
+        sizes = [n.meta["tensor_meta"].shape.numel() for n in (node.args[0], node)]
+        layer = node.target if node.op == "call_module" else node.name
+        found.append(Operation(layer, what, *sizes, is_folded(network, node), what in seen))
+        seen.add(what)
+    return found
 
 
-def count_layer(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int, int]:  # flops, mults, adds
-    """Count one layer by the authors' rules [1]: n output elements, each of k terms."""
-    n = output.numel()
-    match module:
+def is_folded(network: nn.Module, node: Any) -> bool:
+    """Tell whether a node of a graph is a convolution whose only reader is a batch norm, or such a batch norm."""
+
+    def kind(node: Any) -> type:
+        return type(network.get_submodule(node.target)) if node.op == "call_module" else object
+
+    norm = node if kind(node) is nn.BatchNorm2d else next(iter(node.users))
+    convolution = norm.args[0]
+    return (kind(norm), kind(convolution), len(convolution.users)) == (nn.BatchNorm2d, nn.Conv2d, 1)
+
+
+def count_by_seed(operation: Operation) -> Cost:
+    """Count by the authors' rules [1]: modules alone, batch norm and all. Raises TypeError where there is no rule."""
+    what, x, n = operation.what, operation.inputs, operation.outputs  # elements in and out
+    params = 0 if operation.again or not isinstance(what, nn.Module) else sum(p.numel() for p in what.parameters())
+    match what:
         case nn.Conv2d():
-            k, bias = module.weight[0].numel(), int(module.bias is not None)
-            return n * (k + bias), n * k, n * (k - 1 + bias)
+            k, bias = what.weight[0].numel(), int(what.bias is not None)
+            return Cost(params, n * (k + bias), n * k, n * (k - 1 + bias))
         case nn.BatchNorm2d():
-            return 2 * n, 2 * n, 2 * n
+            return Cost(params, 2 * n, 2 * n, 2 * n)
         case nn.SiLU():
-            return 0, 3 * n, n
+            return Cost(params, 0, 3 * n, n)
         case nn.Sigmoid():
-            return 0, 2 * n, n
+            return Cost(params, 0, 2 * n, n)
         case nn.AvgPool2d():
-            return x.numel(), 0, x.numel()
+            return Cost(params, x, 0, x)
         case nn.AdaptiveAvgPool2d():
-            return 0, 0, x.numel()
+            return Cost(params, 0, 0, x)
         case nn.Linear():
-            return n * module.in_features, n * module.in_features, n * (module.in_features - 1)
-        case Cosine():
-            d = x.numel()
-            return 0, d * d + n * d, d * d + n * (d - 1)  # L2 normalisation, then the kernel
-        case nn.ZeroPad2d() | nn.Flatten() | nn.Identity():
-            return 0, 0, 0
-        case _ if type(module).__name__ == "StochasticDepth":
-            return 0, 0, 0
-    raise TypeError(f"no rule to count {type(module).__name__}")
+            return Cost(params, n * x, n * x, n * (x - 1))
+        case Cosine():  # L2 normalisation, then the kernel
+            return Cost(params, 0, x * x + n * x, x * x + n * (x - 1))
+        case operator.add | operator.mul:  # the skip and the gate, which the authors leave out
+            return Cost(params, 0, 0, 0)
+    return count_nothing(operation)
 
 
-def total_cost(rows: list[LayerCost]) -> Cost:
-    return Cost(*(sum(column) for column in list(zip(*rows))[2:]))
+def count_officially(operation: Operation) -> Cost:
+    """Count by the challenge's rules [9]. Raises TypeError where there is no rule.
+
+    A weight that is stored with a mask is multiplied and added only where it is not zero. Batch norm is folded into
+    the convolution before it. What runs again is not stored again.
+    """
+    what, x, n, folded = operation.what, operation.inputs, operation.outputs, operation.folded
+    if operation.again:
+        return count_officially(operation._replace(again=False))._replace(params=0, mask_bits=0)
+    match what:
+        case nn.Conv2d() | nn.Linear():
+            values, mask_bits = stored(what.weight)
+            outputs, bias = len(what.weight), folded or what.bias is not None
+            macs = values * n // outputs  # every value meets n / outputs places
+            return Cost(values + outputs * bias, macs, macs, macs if bias else max(0, macs - n), mask_bits)
+        case nn.BatchNorm2d():  # elsewhere it is a scale and a shift
+            return Cost(0, 0, 0, 0) if folded else Cost(2 * what.num_features, 0, n, n)
+        case nn.ReLU():
+            return Cost(0, 0, n, 0)
+        case nn.SiLU():
+            return Cost(0, 0, 3 * n, n)
+        case nn.Sigmoid():
+            return Cost(0, 0, 2 * n, n)
+        case nn.AdaptiveAvgPool2d():
+            return Cost(0, 0, n, x - n)
+        case nn.AvgPool2d() if what.kernel_size == what.stride:
+            return Cost(0, 0, n, x - n)
+        case Cosine():  # L2 normalisation, then the kernel, whose columns are normalised beforehand
+            macs, mask_bits = stored(what.kernel)
+            return Cost(macs, macs, 2 * x + 1 + macs, x - 1 + max(0, macs - n), mask_bits)
+        case operator.add:
+            return Cost(0, 0, 0, n)
+        case operator.mul:
+            return Cost(0, 0, n, 0)
+    return count_nothing(operation)
+
+
+def count_nothing(operation: Operation) -> Cost:
+    """Count what is free by both rules. Raises TypeError where there is no rule."""
+    free = (nn.ZeroPad2d, nn.Flatten, nn.Identity, nn.Dropout)
+    kind = type(operation.what).__name__
+    if isinstance(operation.what, free) or kind == "StochasticDepth":
+        return Cost(0, 0, 0, 0)
+    raise TypeError(f"no rule to count {getattr(operation.what, '__name__', kind)}")
+
+
+def stored(weight: Tensor) -> tuple[int, int]:  # values, bits of the mask
+    """Return what storing a weight takes, dense or as nonzero values and a mask, whichever is less.
+
+    Raises TypeError for values of less than 16 bits, with which the free 16 bits of all others would be lost.
+    """
+    if weight.dtype.itemsize < 2:
+        raise TypeError(f"no rule to count {weight.dtype}")
+    values, size = int(weight.count_nonzero()), weight.numel()
+    return (values, size) if 16 * values + size < 16 * size else (size, 0)
+
+
+RULES = {"seed": count_by_seed, "official": count_officially}
+
+
+def layer_costs(network: nn.Module, rules: str) -> dict[str, Cost]:
+    """Count every operation of a network by some `RULES`, by layer; it is left in evaluation mode.
+
+    Raises TypeError at what there is no rule for.
+    """
+    costs: dict[str, Cost] = {}
+    for operation in operations(network):
+        cost = RULES[rules](operation)
+        costs[operation.layer] = total_cost([costs[operation.layer], cost]) if operation.layer in costs else cost
+    return costs
+
+
+def total_cost(costs: Collection[Cost]) -> Cost:
+    return Cost(*map(sum, zip(*costs)))
 
 
 # ------------------------------------------------------------------------------------------------------- Checkpoints
@@ -1037,9 +1195,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_network(path: Path | str) -> EfficientNet:
-    """Return the network of a checkpoint in evaluation mode, on the CPU.
+    """Return the network of a checkpoint in evaluation mode, on the CPU and in float32.
 
-    Called with normalised images (N, 3, 32, 32) it returns cosines (N, K). Raises Refused.
+    Called with normalised images (N, 3, 32, 32) it returns cosines (N, K); an exported one returns cosines times a
+    positive factor of the image's own. Raises Refused.
     """
     return network_from(Path(path), *load_checkpoint(Path(path)))
 
@@ -1048,6 +1207,8 @@ def network_from(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """Build the network that the metadata describe and fill it with the tensors."""
     stage = trained_stage(path, metadata)
     network = build_network(stage.network, stage.classes, stage.width, stage.depth)
+    if "exported" in metadata:
+        fold_network(network)
     fill_network(path, network, tensors)
     return network.eval()
 
@@ -1063,6 +1224,142 @@ def fill_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> 
             shapes = f"{tuple(weights[name].shape)} where {tuple(tensor.shape)} is expected"
             raise Refused(f"{path}: {name} has shape {shapes}")
     network.load_state_dict(weights)
+
+
+def stored_top1(metadata: dict[str, Any]) -> float | None:
+    """Return the accuracy in percent of the network in a checkpoint, if it has been measured."""
+    if "exported" in metadata:
+        return metadata["exported"]["top1"]
+    tested = [record["test_top1"] for record in metadata["history"] if record["epoch"] == metadata["epoch"]]
+    return tested[0] if tested else None
+
+
+class Shipped(nn.Module):
+    """A folded network that keeps its weights at 16 bits and computes with 32: (N, 3, 32, 32) to (N, K)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        state = {name: tensor.float() for name, tensor in self.network.state_dict(keep_vars=True).items()}
+        return torch.func.functional_call(self.network, state, (images,))
+
+
+EXPORTS = (".safetensors", ".onnx", ".pt2")
+
+
+def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Write a folded network with 16-bit weights and return what the file, read again, computes.
+
+    Raises Misconfigured for another ending than those of `EXPORTS`, or where a package is missing that one needs.
+    """
+    if path.suffix not in EXPORTS:
+        raise Misconfigured(f"{path}: expected a name that ends in {', '.join(EXPORTS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_checkpoint(path, network.half().state_dict(), metadata)
+        return load_network(path)
+    example = torch.zeros(2, 3, SIDE, SIDE)
+    batch = {0: torch.export.Dim("N", min=1)}
+    if path.suffix == ".pt2":
+        program, buffer = torch.export.export(Shipped(network), (example,), dynamic_shapes=(batch,)), io.BytesIO()
+        with warnings.catch_warnings(action="ignore"):  # of tensors that are views
+            torch.export.save(program, buffer, extra_files={"micronet": json.dumps(metadata, sort_keys=True)})
+        replace_file(path, buffer.getvalue())
+        return torch.export.load(path).module()
+    return export_onnx(path, Shipped(network), example, batch, metadata)
+
+
+def export_onnx(
+    path: Path, shipped: Shipped, example: Tensor, batch: dict[int, Any], metadata: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """Write an ONNX file, `images` (N, 3, 32, 32) to `logits` (N, K), and return what onnxruntime makes of it."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise Misconfigured(f"{path}: the package {error.name} is missing: uv sync --extra onnx") from None
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
+    # optimize=False, as constant folding would make the weights 32 bits wide
+    program = torch.onnx.export(shipped, (example,), dynamo=True, optimize=False, verbose=False, **names)
+    model = program.model_proto
+    for node in model.graph.node:  # where in the source each came from: more bytes than the weights
+        node.ClearField("metadata_props")
+    for value in model.graph.value_info:
+        value.ClearField("metadata_props")
+    model.metadata_props.add(key="micronet", value=json.dumps(metadata, sort_keys=True))
+    replace_file(path, model.SerializeToString())
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+
+
+def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
+    """Return the state for `network` from a checkpoint (.pytar) as the method's authors published theirs.
+
+    Nothing in the file is executed: torch's restricted unpickler takes tensors, in the format before torch 1.6 or in
+    an uncompressed zip. Raises Refused for everything else, another network's file and shapes that differ.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # a small file could unpack to any size
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise Refused(f"{path}: a compressed archive: expected one that torch.save has written")
+        with warnings.catch_warnings(action="ignore"):  # of pickles that it is about to refuse
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror or error}") from None
+    except UNPICKLING as error:
+        raise Refused(
+            f"{path}: expected a dict of tensors that torch.save has written ({type(error).__name__})"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(n, str) and type(t) is Tensor for n, t in state.items()):
+        raise Refused(f"{path}: expected a dict of tensors by name, a state dict")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    names, expected, placed = published_names(network), network.state_dict(), {}
+    for name, tensor in expected.items():
+        theirs = ".".join([names[name.rpartition(".")[0]], name.rpartition(".")[2]])
+        found = state.pop(theirs, torch.tensor(0) if name.endswith("num_batches_tracked") else None)  # torch 0.4.0
+        if found is None:
+            raise Refused(f"{path}: another network's: {theirs} is missing")
+        if found.shape != tensor.shape:
+            shapes = f"{tuple(found.shape)[:8]} where {tuple(tensor.shape)} is expected"
+            raise Refused(f"{path}: another network's: {theirs} has shape {shapes}")
+        if not found.isfinite().all():
+            raise Refused(f"{path}: {theirs} is not finite")
+        placed[name] = found.to(tensor.dtype).contiguous()
+    if state:
+        raise Refused(f"{path}: another network's: {count(len(state), 'tensor')} of it not in this one")
+    return placed
+
+
+# What torch.load has been seen to raise at damaged files, with weights_only=True
+UNPICKLING = (
+    pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError,
+    TypeError, ValueError, struct.error, zipfile.BadZipFile, MemoryError,
+)  # fmt: skip
+
+
+def published_names(network: EfficientNet) -> dict[str, str]:
+    """Return what the authors call each module that has a state, by its name in `network`."""
+    names = {"stem.0": "features.0.1", "stem.1": "features.0.2"}
+    for i, block in enumerate(network.blocks):
+        unit = 0
+        for j, layer in enumerate(block.layers):
+            ours, theirs = f"blocks.{i}.layers.{j}", f"features.{i + 1}.conv.{unit}"
+            match layer:
+                case nn.Conv2d() if layer.bias is None:  # padding 0, convolution 1, batch norm 2
+                    names |= {ours: f"{theirs}.1", f"blocks.{i}.layers.{j + 1}": f"{theirs}.2"}
+                    unit += 1
+                case SqueezeExcitation():
+                    names |= {f"{ours}.{k}": f"{theirs}.se.{k}" for k in (1, 3)}
+                    unit += 1
+                case nn.Conv2d():  # the projection, and its batch norm
+                    names |= {ours: theirs, f"blocks.{i}.layers.{j + 1}": f"features.{i + 1}.conv.{unit + 1}"}
+    head = f"features.{len(network.blocks) + 1}"
+    names |= {"head.0": f"{head}.1", "head.1": f"{head}.2"}
+    return names | {"embedding": "classifier.0", "cosine": "classifier.2"}
 
 
 def file_hash(path: Path) -> str:
@@ -1403,7 +1700,7 @@ def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images)
     device = accelerator.device
     torch.manual_seed(stream_seed(stage.seed, stage.name, "weights"))
     student = build_network(stage.network, stage.classes, stage.width, stage.depth, stage.stochastic_depth)
-    cost = total_cost(layer_costs(student))
+    cost = total_cost(layer_costs(student, "seed").values())
     student.to(device)
     optimizer = torch.optim.SGD(
         student.parameters(), learning_rate(stage, 0), momentum=stage.momentum, weight_decay=stage.weight_decay
@@ -1441,6 +1738,10 @@ def load_teacher(
             f"stage {stage.name}: its teacher {stage.teacher} has no {path}: train it first, or use `chain`"
         )
     tensors, metadata = load_checkpoint(path)
+    if "exported" in metadata:
+        raise Misconfigured(
+            f"stage {stage.name}: its teacher {path} is exported and has no cosines: name its checkpoint"
+        )
     if metadata["last"]["epoch"] < metadata["stage"]["epochs"]:
         raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
     facts = {"name": stage.teacher, "file": str(path), "sha256": file_hash(path), **metadata["best"]}
@@ -1737,7 +2038,9 @@ def introduction(event: Started) -> list[str]:
     """Say what a stage trains and what it runs on."""
     stage, facts, teacher = event.stage, event.facts, event.teacher
     taught = (
-        f"{teacher['name']}, {teacher['top1']:.2f} % top-1 ({teacher['file']})" if teacher else "none: the true labels"
+        f"{teacher['name']}, {percent(teacher['top1'])} top-1 ({teacher['file']})"
+        if teacher
+        else "none: the true labels"
     )
     launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
     compiled = f"compiled by {facts['compile']}" if facts["compile"] else "not compiled"
@@ -1768,6 +2071,10 @@ def conclusion(stage: Stage, event: Finished) -> str:
         f"stage {stage.name} is finished: top-1 {best['test_top1']:.2f} % (best, epoch {best['epoch']}), "
         f"{last['test_top1']:.2f} % (last, epoch {last['epoch']})"
     )
+
+
+def percent(accuracy: float | None) -> str:
+    return "unknown" if accuracy is None else f"{accuracy:.2f} %"
 
 
 def count(n: int, thing: str) -> str:
@@ -1837,9 +2144,22 @@ def plan_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
     return table
 
 
-def score_table(scores: list[dict[str, Any]]) -> Table:
-    """Show what networks cost by the authors' count, a column each."""
-    title = "Cost of one image by the authors' count: a multiplication is half an operation, at 32 bits one"
+def score_tables(scores: list[dict[str, Any]]) -> Group:
+    """Show what networks cost, a table for each count and a column for each network."""
+    return Group(*(score_table(rules, [s for s in scores if s["rules"] == rules]) for rules in RULES_SHOWN))
+
+
+RULES_SHOWN = {
+    "official": "the challenge's rules: batch norm folded, gate and skips counted",
+    "seed": "the authors' rules",
+}
+
+
+def score_table(rules: str, scores: list[dict[str, Any]]) -> Table | str:
+    """Show what networks cost by one count, a column each; an empty line where there is none."""
+    if not scores:
+        return ""
+    title = f"Cost of one image by {RULES_SHOWN[rules]}; a multiplication is half an operation, at 32 bits one"
     table = new_table(title, "", ", ".join("" for _ in scores))
     for column, s in zip(table.columns[1:], scores):
         column.header = s["name"].removeprefix("efficientnet_")
@@ -1859,11 +2179,40 @@ def score_table(scores: list[dict[str, Any]]) -> Table:
     return table
 
 
-def layers_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """Show what every layer of a network costs."""
-    table = new_table(f"Layers of {name}", "layer, kind", "parameters, MACs, multiplications, additions")
-    for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row.values()))
+def layers_table(score: dict[str, Any]) -> Table:
+    """Show what every layer of a network costs, and its share of the score."""
+    title = f"Layers of {score['name']} by {RULES_SHOWN[score['rules']]}"
+    table = new_table(title, "layer, kind", "parameters, MACs, multiplications, additions, score, share")
+    for layer in score["layers"]:
+        figures = (f"{layer[name]:,}" for name in ("params", "flops", "mults", "adds"))
+        share = f"{100 * layer['score'] / score['score']:.1f} %"
+        table.add_row(layer["layer"], layer["kind"], *figures, f"{layer['score']:.6f}", share)
+    return table
+
+
+def board_table(scores: list[dict[str, Any]]) -> Table:
+    """Set official 16-bit scores among the entries of the challenge."""
+    table = new_table("The MicroNet Challenge, CIFAR-100: lower is better, from 80 % top-1", "entry", "score, top-1")
+    table.add_column("how", overflow="fold")
+    ours = [Entry(s["name"], s["score"], s["top1"], "counted here") for s in scores if s["rules"] == "official"]
+    for entry in sorted([*BOARD, *ours], key=lambda entry: entry.score):
+        top1 = "-" if entry.top1 is None else f"{entry.top1:.2f}"
+        table.add_row(entry.name, f"{entry.score:.4f}", top1, entry.how, style="bold" if entry in ours else "")
+    return table
+
+
+def export_table(results: list[dict[str, Any]]) -> Table:
+    """Show what was exported and how it was checked."""
+    table = new_table("Exported, read again and compared with the checkpoint", "", "")
+    table.show_header = False
+    for r in results:
+        table.add_row("file", r["file"])
+        table.add_row("bytes", f"{r['bytes']:,}")
+        table.add_row("bytes that the score counts", f"{r['counted_bytes']:,.0f}")
+        table.add_row("predictions as before", f"{r['agree']:,} of {r['images']:,} {r['on']}")
+        table.add_row("largest difference, of outputs up to", f"{r['difference']:.2g}, {r['largest']:.2g}")
+        table.add_row("top-1 before, as exported", f"{percent(r['top1_before'])}, {percent(r['top1'])}")
+        table.add_row("official score", f"{r['score']:.6f}")
     return table
 
 
@@ -1899,7 +2248,8 @@ def accuracy_table(results: list[dict[str, Any]]) -> Table:
     """Show how checkpoints do on their test images."""
     table = new_table("Test accuracy in percent", "checkpoint, network", "images, top-1, top-5, loss, precision")
     for r in results:
-        numbers = (f"{r['images']:,}", f"{r['top1']:.2f}", f"{r['top5']:.2f}", f"{r['loss']:.4f}", r["precision"])
+        loss = "-" if r["loss"] is None else f"{r['loss']:.4f}"
+        numbers = (f"{r['images']:,}", f"{r['top1']:.2f}", f"{r['top5']:.2f}", loss, r["precision"])
         table.add_row(r["checkpoint"], r["network"], *numbers)
     return table
 
@@ -2080,6 +2430,7 @@ StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the s
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")]
 CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
 ConfigFile = Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")]
+Rules = Literal["seed", "official", "both"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -2275,17 +2626,63 @@ def evaluate_checkpoints(
 @command("score", computes=True)
 def score_networks(
     names: Annotated[list[str] | None, typer.Argument(help="Networks or checkpoints; none: every network.")] = None,
+    rules: Annotated[Rules, typer.Option(help="The authors' count, the challenge's, or both.")] = "both",
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    board: Annotated[bool, typer.Option("--board", help="Show the challenge's entries, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count the parameters and operations of networks and checkpoints, and their MicroNet score.
 
-    Example: micronet.py score efficientnet_ex ckpt/exx/best.safetensors
+    Example: micronet.py score efficientnet_ex ckpt/exx/best.safetensors --rules official --board
     """
-    scores = [score_network(name, layers) for name in names or NETWORKS]
-    render(scores, score_table, as_json)
+    if board and rules == "seed":
+        raise Misconfigured("--board: the challenge's entries are scored by its own rules: expected --rules official")
+    counts = list(RULES) if rules == "both" else [rules]
+    scores = [score for name in names or NETWORKS for score in score_network(name, counts, layers)]
+    render(scores, score_tables, as_json)
     for s in scores if layers and not as_json else []:
-        new_console().print(layers_table(s["name"], s["layers"]))
+        new_console().print(layers_table(s))
+    if board and not as_json:
+        new_console().print(board_table(scores))
+
+
+@command("export", computes=True)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A file such as ckpt/ex/best.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .safetensors, .onnx or .pt2.")],
+    data: DataFolder = Path("data"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a network as it ships: batch norm and classifier folded, 16-bit weights; and check what was written.
+
+    Example: micronet.py export ckpt/ex/best.safetensors ex.onnx
+    """
+    render([export_checkpoint(checkpoint, out, data)], export_table, as_json)
+
+
+@command("import", computes=True)
+def import_published(
+    file: Annotated[Path, typer.Argument(help="A checkpoint that the method's authors published (.pytar).")],
+    network: Annotated[str, typer.Option("--network", help="What it is a checkpoint of, such as efficientnet_ex.")],
+    out: Annotated[Path, typer.Option("--out", help="Checkpoint to write (.safetensors).")],
+) -> None:
+    """Turn a checkpoint of the method's authors into one of this program. Nothing in the file is executed.
+
+    Example: micronet.py import ex.pytar --network efficientnet_ex --out ckpt/published/ex.safetensors
+    """
+    if network not in NETWORKS:
+        raise Misconfigured(f"--network = {shown(network)}: expected one of {', '.join(NETWORKS)}")
+    if out.suffix != ".safetensors":
+        raise Misconfigured(f"--out = {out}: expected a name that ends in .safetensors")
+    built = build_network(network)
+    tensors = read_published(file, built)
+    stage = Stage(file.stem if re.fullmatch(NAME, file.stem) else "imported", network=network)
+    nothing = {"epoch": stage.epochs, "top1": None, "top5": None}
+    metadata = {"format": FORMAT, "micronet": __version__, "stage": asdict(stage), "class_names": [], "history": []}
+    metadata |= {"epoch": stage.epochs, "best": nothing, "last": nothing, "teacher": None}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, tensors, metadata | {"imported": {"file": file.name, "sha256": file_hash(file)}})
+    say(new_console(), f"{out}: {count(len(tensors), 'tensor')} of {network}; try evaluate {out}")
 
 
 def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[str, Any]:
@@ -2297,28 +2694,87 @@ def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[st
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
         tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
+    if "exported" in metadata:  # its outputs are no cosines, so that a loss of them has no meaning
+        tested = tested._replace(loss=None)
     about = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
     return about | {"precision": precision, **tested._asdict()}
 
 
-def score_network(name: str, layers: bool) -> dict[str, Any]:
-    """Return what a network of `NETWORKS` or of a checkpoint costs, and how accurate a checkpoint is."""
+def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
+    """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and how accurate a checkpoint is."""
     if name in NETWORKS:
         network, top1 = build_network(name), None
     elif is_path(name):
         tensors, metadata = load_checkpoint(Path(name))
-        network = network_from(Path(name), tensors, metadata)
-        top1 = metadata["history"][metadata["epoch"] - 1]["test_top1"]
+        network, top1 = network_from(Path(name), tensors, metadata), stored_top1(metadata)
     else:
         raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
-    rows = layer_costs(network)
-    cost = total_cost(rows)
-    derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
-    result = {"name": name, "rules": "seed", **cost._asdict(), **derived, "top1": top1}
-    return result | ({"layers": [row._asdict() for row in rows]} if layers else {})
+    kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in operations(network)}
+    results = []
+    for rules in counts:
+        costs = layer_costs(network, rules)
+        cost = total_cost(costs.values())
+        derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
+        results.append({"name": name, "rules": rules, **cost._asdict(), **derived, "top1": top1})
+        if layers:
+            rows = [{"layer": n, "kind": kinds[n], **c._asdict(), "score": c.score} for n, c in costs.items()]
+            results[-1]["layers"] = rows
+    return results
 
 
-def render(results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], Table], as_json: bool) -> None:
+def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
+    """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
+
+    On the test images where they are at hand, on random images where not. Raises Failure.
+    """
+    tensors, metadata = load_checkpoint(path)
+    if "exported" in metadata:
+        raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
+    network = network_from(path, tensors, metadata)
+    folded = fold_network(copy.deepcopy(network).double()).float()
+    stage, cost = trained_stage(path, metadata), total_cost(layer_costs(folded, "official").values())
+    images, on = images_at_hand(stage, data)
+    batches = normalize(images.pixels.float() / 255).split(250)
+    with torch.no_grad():
+        before, ours = (torch.cat([n(batch) for batch in batches]) for n in (network, folded))
+        rounded = copy.deepcopy(folded).half().float()
+        predicted = torch.cat([rounded(batch) for batch in batches]).argmax(1)
+
+    def top1(predictions: Tensor) -> float | None:
+        hits = int((predictions == images.labels).sum())
+        return 100 * hits / len(predictions) if on == "test images" else None
+
+    kept = ("format", "micronet", "stage", "class_names", "best", "last", "epoch", "teacher", "versions", "commit")
+    origin = {"file": path.name, "sha256": file_hash(path), "top1": top1(predicted), "weights": "float16"}
+    explanation = {name: metadata[name] for name in kept if name in metadata} | {"exported": origin}
+    written = export_network(out, folded, explanation)
+    with torch.no_grad():
+        after = torch.cat([written(batch) for batch in batches])
+    return {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "counted_bytes": cost.bytes,
+        "images": len(before),
+        "on": on,
+        "agree": int((after.argmax(1) == before.argmax(1)).sum()),
+        "difference": (after - ours).abs().max().item(),  # from the folded network before rounding
+        "largest": ours.abs().max().item(),
+        "top1_before": top1(before.argmax(1)),
+        "top1": top1(after.argmax(1)),
+        "score": cost.score,
+    }
+
+
+def images_at_hand(stage: Stage, data: Path) -> tuple[Images, str]:
+    """Return a stage's test images if that needs no download, else random ones, and what they are."""
+    if stage.dataset != "cifar100" or (data / "cifar-100-python" / "test").exists():
+        return load_images(stage, data, train=False), "test images"
+    return random_images(stage, 1000), "random images"
+
+
+def render(
+    results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], RenderableType], as_json: bool
+) -> None:
     """Print results as JSON or as a table."""
     if as_json:
         typer.echo(json.dumps(results, indent=2))

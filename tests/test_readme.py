@@ -68,7 +68,8 @@ SHORT = [
     "uv run micronet.py chain --dry-run",
     "uv run micronet.py evaluate ckpt/student/best.safetensors",
     "uv run micronet.py score ckpt/student/best.safetensors",
-    "uv run micronet.py score",
+    "uv run micronet.py score --board",
+    "uv run micronet.py export ckpt/student/best.safetensors student.safetensors",
 ]
 
 
