@@ -31,6 +31,8 @@ Dimensions in shape comments: N batch, C channels, H height, W width, K classes,
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -44,6 +46,7 @@ import pickle
 import platform
 import re
 import select
+import shutil
 import signal
 import statistics
 import struct
@@ -54,10 +57,12 @@ import tomllib
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import rich.box
 import typer
@@ -96,6 +101,24 @@ class Refused(Failure):
     """A file (checkpoint, data, teacher) is not what it should be."""
 
     exit_code = 3
+
+
+class NotFinite(Failure):
+    """Training has come to nan or infinity."""
+
+    exit_code = 4
+
+
+class Unwritable(Failure):
+    """The disk is full or read-only, or permission is missing."""
+
+    exit_code = 5
+
+
+class Locked(Failure):
+    """Another process trains the stage."""
+
+    exit_code = 75
 
 
 # ------------------------------------------------------------------------------------------------------------ Stages
@@ -278,7 +301,11 @@ def load_stages(path: Path) -> dict[str, Stage]:
     Raises Misconfigured with one line that names file, stage, key, what stands there and what is accepted.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            text = file.read(2**16 + 1).decode()
+        if len(text) > 2**16 or any(line.count(".") > 64 for line in text.splitlines()):
+            raise ValueError("more than 64 KiB, or a line with more than 64 dots")  # which take the parser minutes
+        document = tomllib.loads(text)
     except OSError as error:
         raise Misconfigured(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -293,6 +320,13 @@ def load_stages(path: Path) -> dict[str, Stage]:
     for stage in stages.values():
         check_teacher(path, stage, stages)
     return stages
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises OSError for a pipe or a device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file")
+    return open(path, "rb")
 
 
 def checked_table(where: str, table: Any) -> dict[str, Any]:
@@ -466,6 +500,7 @@ def load_images(stage: Stage, data: Path, train: bool) -> Images:
     if stage.dataset == "synthetic":
         return synthetic_images(n, train)
     from torchvision.datasets import CIFAR100  # 1.5 s, which a synthetic stage need not wait for
+    from torchvision.datasets.utils import check_integrity
 
     try:
         try:
@@ -473,8 +508,18 @@ def load_images(stage: Stage, data: Path, train: bool) -> Images:
         except RuntimeError:  # not there, or its MD5 does not match
             dataset = CIFAR100(data, train=train, download=True)
     except (RuntimeError, OSError) as error:
+        folder = data / CIFAR100.base_folder
+        wrong = [
+            f"{name} is {'damaged' if (folder / name).exists() else 'missing'}"
+            for name, md5 in [
+                *CIFAR100.train_list,
+                *CIFAR100.test_list,
+                (CIFAR100.meta["filename"], CIFAR100.meta["md5"]),
+            ]
+            if not check_integrity(folder / name, md5)
+        ]
         raise Refused(
-            f"{data / CIFAR100.base_folder}: no CIFAR-100 here that matches its MD5 sums, and the download failed "
+            f"{folder}: no CIFAR-100 here that matches its MD5 sums ({', '.join(wrong)}), and the download failed "
             f"({' '.join(str(error).split())}): put the official files train, test and meta there, or name --data"
         ) from None
     pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
@@ -1113,23 +1158,34 @@ FORMAT = 1
 MOMENTUM = "momentum."  # before a parameter's name: its momentum
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path | str) -> dict[str, Any]:
     """Return the JSON that explains a checkpoint, without reading its tensors: a millisecond, and no torch.
 
     Raises Refused where the file is missing or is no checkpoint of this program.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length)) if length <= 2**20 else {}  # ours are below 100 KiB
-        metadata = json.loads(header["__metadata__"]["micronet"])
+            header = json.loads(file.read(length), object_pairs_hook=once) if length <= 2**20 else {}  # ours: < 100 KiB
+            size = os.fstat(file.fileno()).st_size
+        metadata = json.loads(header.pop("__metadata__")["micronet"])
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        if 8 + length + max(ends) != size or size > 2**31:  # no network of ours comes near
+            raise ValueError
     except OSError as error:
         raise Refused(f"{path}: {error.strerror or error}") from None
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+    except (struct.error, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError):
         raise Refused(f"{path}: not a checkpoint of micronet, or cut short") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise Refused(f"{path}: expected a checkpoint of format {FORMAT}")
     return metadata
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object's pairs; raises ValueError at a name that stands there twice."""
+    if len(table := dict(pairs)) != len(pairs):
+        raise ValueError("a name stands twice")
+    return table
 
 
 def trained_stage(path: Path, metadata: dict[str, Any]) -> Stage:
@@ -1151,24 +1207,31 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], previous: Path | None = None
+) -> None:
     """Write a checkpoint so that the file is either the old one or the whole new one, also after a power cut."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     explained = metadata | {"sha256": digest(tensors, metadata)}
     # one key: with two, safetensors writes them in random order and no two files are alike
-    replace_file(path, save(tensors, {"micronet": json.dumps(explained, sort_keys=True)}))
+    replace_file(path, save(tensors, {"micronet": json.dumps(explained, sort_keys=True)}), previous)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` and on the disk, or raise OSError and leave the old file as it was."""
+def replace_file(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Put `content` at `path` and on the disk, or raise OSError and leave the old file as it was.
+
+    The old file is kept at `previous`, if that is given.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)  # from here to the next line there is only the previous one, which is found
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1220,6 +1283,8 @@ def fill_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> 
     for name in sorted(weights.keys() ^ expected.keys()):
         raise Refused(f"{path}: {name} is {'missing' if name in expected else 'not in this network'}")
     for name, tensor in expected.items():
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise Refused(f"{path}: {name} has type {weights[name].dtype} where {tensor.dtype} is expected")
         if weights[name].shape != tensor.shape:
             shapes = f"{tuple(weights[name].shape)} where {tuple(tensor.shape)} is expected"
             raise Refused(f"{path}: {name} has shape {shapes}")
@@ -1382,13 +1447,77 @@ def epochs_done(metadata: dict[str, Any] | None) -> int:
     return metadata["last"]["epoch"] if metadata else 0
 
 
+@contextmanager
+def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
+    """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
+
+    A POSIX lock ends with the process, however that ends, and no child inherits it.
+    """
+    ckpt.mkdir(parents=True, exist_ok=True)
+    path = ckpt / f".{stage.name}.lock"  # not inside the folder, which --restart moves
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise Locked(f"stage {stage.name}: process {file.read().strip() or '?'} trains it in {ckpt}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        for leftover in (ckpt / stage.name).glob(".*.part"):
+            leftover.unlink()
+        yield
+
+
+def check_room(folder: Path, network: nn.Module) -> None:
+    """Raise Unwritable unless a stage's files fit on the disk: twice the network and its momentum, and the network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
+    needed, free = 7 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, and best
+    if free < needed:
+        raise Unwritable(f"{folder}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
+
+
+def last_paths(stage: Stage, ckpt: Path) -> tuple[Path, Path]:
+    """Return where the state of a stage's last epoch is kept, and that of the epoch before it."""
+    return ckpt / stage.name / "last.safetensors", ckpt / stage.name / "previous.safetensors"
+
+
+def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[Path, Any, list[str]] | None:
+    """Return the first of `paths` that can be read, what is read, and why not those before it; None if there is none.
+
+    Raises Refused if all that exist are damaged: a stage must not start from zero because its file is damaged.
+    """
+    refused: list[str] = []
+    for path in paths:
+        try:
+            if path.exists():
+                return path, read(path), refused
+        except Refused as error:
+            refused.append(str(error))
+    if refused:
+        raise Refused(f"{'; '.join(refused)}; nothing is left to go on from: restore one, or --restart the stage")
+    return None
+
+
 def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
-    """Return the metadata of what a stage has kept so far, or None; raises Misconfigured if the stage has changed."""
-    path = ckpt / stage.name / "last.safetensors"
-    if not path.exists():
+    """Return the metadata of what a stage has kept so far, or None.
+
+    Raises Misconfigured if the stage has changed, Refused if nothing that it has kept can be read.
+    """
+    found = first_sound(last_paths(stage, ckpt), read_metadata)
+    if found is None:
         return None
-    metadata = read_metadata(path)
-    kept, done = trained_stage(path, metadata), metadata["last"]["epoch"]
+    path, metadata, _ = found
+    check_unchanged(stage, path, metadata)
+    return metadata
+
+
+def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
+    """Raise Misconfigured where a checkpoint comes from another definition of the stage."""
+    kept, done = trained_stage(path, metadata), epochs_done(metadata)
     changes = [
         f"{f.name} was {shown(getattr(kept, f.name))} and is {shown(getattr(stage, f.name))}"
         for f in fields(Stage)
@@ -1399,7 +1528,6 @@ def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
             f"stage {stage.name}: {path} comes from another definition: {'; '.join(changes)}; "
             "undo the change, train it anew with run-stage --restart, or name another --ckpt"
         )
-    return metadata
 
 
 def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
@@ -1438,7 +1566,8 @@ def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
         save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
     state = run.optimizer.state
     momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
-    save_checkpoint(folder / "last.safetensors", network | momentum, explanation | {"epoch": last["epoch"]})
+    kept, previous = last_paths(stage, folder.parent)
+    save_checkpoint(kept, network | momentum, explanation | {"epoch": last["epoch"]}, previous)
     replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
 
 
@@ -1491,6 +1620,7 @@ class Run:
     teacher: nn.Module | None = None
     teacher_facts: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
+    notes: list[str] = field(default_factory=list)  # what the user must know before it goes on
 
 
 @dataclass(frozen=True)
@@ -1502,6 +1632,7 @@ class Started:
     cost: Cost
     teacher: dict[str, Any] | None
     done: int
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -1537,19 +1668,19 @@ Event = Started | Stepped | EpochDone | Finished
 def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
     """Train a stage from where `run.history` ends; yields events, each EpochDone after the run is up to date.
 
-    Raises Failure if the loss of an epoch is not finite.
+    Raises NotFinite before an epoch that came to nan or infinity is done.
     """
     accelerator, device = run.accelerator, run.accelerator.device
     processes, process = accelerator.num_processes, accelerator.process_index
     parts = accelerator.gradient_accumulation_steps
     share = stage.batch_size // (parts * processes)  # images per process and forward pass
-    yield Started(stage, run.facts, run.cost, run.teacher_facts, len(run.history))
+    yield Started(stage, run.facts, run.cost, run.teacher_facts, len(run.history), run.notes)
 
     for epoch in range(len(run.history) + 1, stage.epochs + 1):
         start = time.monotonic()
         torch.manual_seed(stream_seed(stage.seed, stage.name, epoch, process))  # stochastic depth
         plan = plan_epoch(stage, epoch).each(lambda t: t.view(-1, parts, processes, share)[:, :, process].to(device))
-        totals = torch.zeros(2, device=device)
+        totals, bad = torch.zeros(2, device=device), torch.zeros((), dtype=torch.int64, device=device)
         run.model.train()
         for step in range(stage.steps_per_epoch):
             lr = learning_rate(stage, (epoch - 1) * stage.steps_per_epoch + step)
@@ -1571,18 +1702,22 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
                     run.optimizer.zero_grad()
                 hits = (cosines.detach().argmax(1) == labels).sum()
                 totals += torch.stack([loss.detach() * len(labels), hits])
+                bad = torch.where((bad == 0) & ~loss.detach().isfinite(), step + 1, bad)
+            if step % 100 == 99:
+                check_steps(stage, epoch, bad)
             yield Stepped(epoch, step + 1, lr, totals, (step + 1) * parts * share)
 
+        check_steps(stage, epoch, bad)
         average_statistics(run.student, accelerator)
         if epoch == 1:
             debias_statistics(run.student)
         loss, hits = accelerator.reduce(totals, "sum").tolist()  # sync
-        if not math.isfinite(loss):
-            raise Failure(f"stage {stage.name}: the loss is {loss} in epoch {epoch}: try a lower lr")
         seconds, seen = time.monotonic() - start, stage.steps_per_epoch * stage.batch_size
         with accelerator.autocast():
             totals = evaluate(run.student, run.test.part(process, processes), stage.scale)
         tested = accuracy(accelerator.reduce(totals, "sum"), stage.test_size)
+        if not (math.isfinite(loss + tested.loss) and is_finite(run.student)):
+            raise not_finite(stage, epoch, stage.steps_per_epoch)
         run.history.append(
             {
                 "epoch": epoch,
@@ -1598,6 +1733,24 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
         )
         yield EpochDone(run.history[-1], best_of(run.history))
     yield Finished(best_of(run.history), run.history[-1])
+
+
+def check_steps(stage: Stage, epoch: int, bad: Tensor) -> None:
+    """Raise NotFinite if `bad` holds the number of a step whose loss was not finite, 0 being none."""
+    if step := int(bad):  # sync
+        raise not_finite(stage, epoch, step)
+
+
+def not_finite(stage: Stage, epoch: int, step: int) -> NotFinite:
+    where = f"epoch {epoch}, step {step} of {stage.steps_per_epoch}"
+    return NotFinite(
+        f"stage {stage.name}: nan or infinity in {where}: what is kept ends with epoch {epoch - 1}; try a lower lr"
+    )
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Tell whether all weights and batch-norm statistics of a network are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())  # sync
 
 
 def average_statistics(network: nn.Module, accelerator: Accelerator) -> None:
@@ -1648,20 +1801,23 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
 
 
-def open_accelerator(precision: str | None = None) -> Accelerator:
+def open_accelerator(timeout: float = 600) -> Accelerator:
     """Return the accelerator that the launch asked for; raises Misconfigured where it cannot be had.
 
-    Without a GPU the processes that a launch configuration asks for train on the CPU.
+    Without a GPU the processes that a launch configuration asks for train on the CPU. A process that waits for
+    another one longer than `timeout` seconds fails.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     launched, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count()
     if 0 < gpus < local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
         raise Misconfigured(f"launched as {local} processes on {gpus} GPU: launch at most one a GPU, or use `chain`")
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+    ]
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
     if accelerator.num_processes != launched:
         raise Misconfigured(f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}")
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -1683,16 +1839,32 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> 
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    kept = kept_metadata(stage, ckpt)
-    teacher, teacher_facts = load_teacher(stage, ckpt, kept)
+    found = first_sound(last_paths(stage, ckpt), load_checkpoint)
+    if found:
+        check_unchanged(stage, found[0], found[1][1])
+    teacher, teacher_facts = load_teacher(stage, ckpt, found and found[1][1])
     with accelerator.local_main_process_first():  # which downloads for all
         train, test = (load_images(stage, data, part) for part in (True, False))
 
     run = new_run(stage, accelerator, train, test)
     run.teacher, run.teacher_facts = place_teacher(teacher, accelerator) if teacher else None, teacher_facts
-    if kept:
-        restore(run, ckpt / stage.name / "last.safetensors")
+    if found:
+        path, (tensors, metadata), refused = found
+        restore(run, path, tensors, metadata)
+        run.notes = [f"WARNING: {reason}: going on from {path}" for reason in refused]
+        run.notes += environment_changes(metadata, run.facts)
     return run
+
+
+def environment_changes(kept: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """Say what has changed since a stage was last at work; the result will not have the bits that it would have had."""
+    names = ("device", "processes", "threads", "precision", "compile")
+    changes = [f"{name} was {kept.get(name)} and is {facts[name]}" for name in names if kept.get(name) != facts[name]]
+    was, now = kept["versions"].get("torch"), facts["versions"]["torch"]
+    return [
+        f"changed since epoch {kept['epoch']}: {change}"
+        for change in changes + [f"torch was {was} and is {now}"] * (was != now)
+    ]
 
 
 def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images) -> Run:
@@ -1713,9 +1885,8 @@ def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images)
     return Run(accelerator, train, test, student, prepared, model, cost, run_facts(accelerator))
 
 
-def restore(run: Run, path: Path) -> None:
+def restore(run: Run, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Bring a run to where a checkpoint stands: weights, momentum, history and the loss scale of fp16."""
-    tensors, metadata = load_checkpoint(path)
     fill_network(path, run.student, tensors)
     for name, parameter in run.student.named_parameters():
         if MOMENTUM + name in tensors:  # laid out like the weight, which is channels_last
@@ -1744,6 +1915,16 @@ def load_teacher(
         )
     if metadata["last"]["epoch"] < metadata["stage"]["epochs"]:
         raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
+    taught = trained_stage(path, metadata)
+    if (taught.classes, taught.scale) != (stage.classes, stage.scale):
+        found = f"a network of {taught.classes} classes at scale {taught.scale}"
+        raise Refused(f"{path}: {found}: stage {stage.name} expects {stage.classes} classes at scale {stage.scale}")
+    if path.resolve().parent == (ckpt / stage.name).resolve():
+        raise Refused(
+            f"{path}: stage {stage.name} wrote it and cannot be its own teacher: expected another one's network"
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise Refused(f"{path}: expected finite weights, found nan or infinity: it cannot teach stage {stage.name}")
     facts = {"name": stage.teacher, "file": str(path), "sha256": file_hash(path), **metadata["best"]}
     if kept and kept["teacher"]["sha256"] != facts["sha256"]:
         raise Refused(
@@ -2026,15 +2207,27 @@ def choose_view(console: Console) -> Plain:
     return Dashboard(console) if console.is_interactive and not console.quiet else Plain(console)
 
 
+class Screen(Console):
+    """A console that nobody may be reading: a pipe that was closed must not end a run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails when it flushes
+
+
 def new_console(**options: Any) -> Console:
     """Return a console; where nobody can widen the window (a pipe, a file) it is wide enough for every table."""
-    console = Console(**options)
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160, **options)
+    console = Screen(**options)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Screen(width=160, **options)
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: not wrapped, no markup, no colours for numbers."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Print a line as it is: not wrapped, no markup, no colours for numbers, no control characters."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line)
+    try:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    except OSError:  # the disk that holds the log is full, say: what is learned matters more
+        console.quiet = True
 
 
 def introduction(event: Started) -> list[str]:
@@ -2054,7 +2247,7 @@ def introduction(event: Started) -> list[str]:
         f"runs on: {facts['device']}, {count(facts['processes'], 'process')}, {facts['precision']}, "
         f"{compiled}{launched}",
     ]
-    return lines + [f"goes on after epoch {event.done} of {stage.epochs}"] * (event.done > 0)
+    return lines + event.notes + [f"goes on after epoch {event.done} of {stage.epochs}"] * (event.done > 0)
 
 
 def epoch_line(stage: Stage, event: EpochDone) -> str:
@@ -2404,11 +2597,11 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path) -
         errors="replace",
         start_new_session=True,  # Ctrl-C is for this process alone: the launcher would die of it with a traceback
     )
-    reason = ""
+    code, reason = Failure.exit_code, ""
     with StopRequest(then=child.stdin.close) as stop:
         for line in child.stderr:
-            if line.startswith("error: "):
-                reason = reason or line.removeprefix("error: ").strip()
+            if error := re.match(r"error (\d+): (.*)", line):
+                code, reason = (code, reason) if reason else (int(error[1]), error[2])
             elif not reason and stop.signum is None:
                 sys.stderr.write(line)
         child.wait()
@@ -2418,7 +2611,9 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path) -
     further = resumption(stage, epochs_done(kept))
     if stop.signum is not None:
         raise Stopped(further, stop.signum)
-    raise Failure(f"stage {stage.name} failed: {reason or f'exit code {child.returncode}'}; {further}")
+    failure = Failure(f"stage {stage.name} failed: {reason or f'exit code {child.returncode}'}; {further}")
+    failure.exit_code = code
+    raise failure
 
 
 app = typer.Typer(
@@ -2434,6 +2629,7 @@ DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100;
 CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
 ConfigFile = Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")]
 Rules = Literal["seed", "official", "both"]
+Timeout = Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a process waits for another one.")]
 Precision = Literal["fp32", "bf16", "fp16"]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -2454,8 +2650,14 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                     return function(**options)
                 if "stages" in options:
                     load_stages(options["stages"])
-            except Failure as failure:
-                prefix = "" if isinstance(failure, Stopped) else "error: "
+            except BrokenPipeError:  # `| head -1`
+                raise
+            except (Failure, OSError) as error:
+                failure = (
+                    error if isinstance(error, Failure) else Unwritable(f"{error.filename or 'i/o'}: {error.strerror}")
+                )
+                code = f" {failure.exit_code}" if options.get("lifeline") else ""  # for `launch_stage`
+                prefix = "" if isinstance(failure, Stopped) else f"error{code}: "
                 say(Console(stderr=True), prefix + " ".join(str(failure).split()))
                 raise typer.Exit(failure.exit_code) from None
             getattr(importlib.import_module("micronet"), function.__name__)(**options)
@@ -2482,6 +2684,7 @@ def run_stage(
     ckpt: CkptFolder = Path("ckpt"),
     seed: Seed = None,
     restart: Annotated[bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")] = False,
+    timeout: Timeout = 600,
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
 ) -> None:
     """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
@@ -2489,20 +2692,30 @@ def run_stage(
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
     stage = with_seed(find_stage(load_stages(stages), name), seed)
-    accelerator = open_accelerator()
+    accelerator = open_accelerator(timeout)
     console = new_console(quiet=not accelerator.is_main_process)
-    if restart:
-        start_anew(ckpt / name, accelerator, console)
-    if is_finished(stage, kept_metadata(stage, ckpt)):
-        say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
-        return
+    with locked(stage, ckpt) if accelerator.is_main_process else nullcontext():
+        if restart:
+            start_anew(ckpt / name, accelerator, console)
+        if is_finished(stage, kept_metadata(stage, ckpt)):
+            say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
+            return
+        train_and_keep(stage, data, ckpt, accelerator, console, lifeline)
+    accelerator.end_training()
+
+
+def train_and_keep(
+    stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, console: Console, lifeline: bool
+) -> None:
+    """Train a stage, keep every epoch and show it, until it ends or is stopped."""
     with StopRequest(lifeline) as stop, choose_view(console) as view:
         run = open_run(stage, data, ckpt, accelerator)
+        if accelerator.is_main_process:
+            check_room(ckpt / stage.name, run.student)
         for event in stoppable(stage, run, stop):
             if isinstance(event, EpochDone) and accelerator.is_main_process:
-                save_epoch(ckpt / name, stage, run)
+                save_epoch(ckpt / stage.name, stage, run)
             view(event)
-    accelerator.end_training()
 
 
 @command("chain", computes=False)
@@ -2513,6 +2726,7 @@ def chain(
     ckpt: CkptFolder = Path("ckpt"),
     config_file: ConfigFile = Path("accelerate_config.yaml"),
     seed: Seed = None,
+    timeout: Timeout = 600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
     """Train stages, teachers first. Finished ones are skipped, interrupted ones go on.
@@ -2526,7 +2740,7 @@ def chain(
     if dry_run:
         console.print(plan_table(kept))
         return
-    options = ["--stages", str(stages), "--data", str(data), "--ckpt", str(ckpt)]
+    options = ["--stages", str(stages), "--data", str(data), "--ckpt", str(ckpt), "--timeout", str(timeout)]
     options += [] if seed is None else ["--seed", str(seed)]
     left = [stage for stage in todo if not is_finished(stage, kept[stage])]
     launch = plan_launch(config_file, console) if left else None

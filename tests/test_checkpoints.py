@@ -80,7 +80,12 @@ def test_mode_by_umask_and_nothing_left_over(folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     files = sorted((folder / "ckpt" / "first").iterdir())
-    assert [path.name for path in files] == ["best.safetensors", "last.safetensors", "log.jsonl"]
+    assert [path.name for path in files] == [
+        "best.safetensors",
+        "last.safetensors",
+        "log.jsonl",
+        "previous.safetensors",
+    ]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
@@ -197,6 +202,6 @@ def test_evaluate_at_lower_precision(folder: Path, precision: str) -> None:
 
 def test_score_of_a_checkpoint_adds_its_accuracy(folder: Path) -> None:
     path = folder / "ckpt" / "second" / "last.safetensors"
-    (result,) = json.loads(invoke("score", path, "--json").stdout)
+    (result,) = json.loads(invoke("score", path, "--rules", "seed", "--json").stdout)
     assert result["top1"] == read_metadata(path)["last"]["top1"]
     assert result["params"] == read_metadata(path)["cost"]["params"]

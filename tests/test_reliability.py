@@ -1,0 +1,528 @@
+"""Nothing that was reported saved is lost, and no file is trusted: real processes, real signals, hostile input."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, WIDE, invoke, program
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from test_program import CHAIN, TWO_PROCESSES, Chain
+from test_training import same_training
+
+import micronet
+from micronet import load_checkpoint, load_stages, read_metadata, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of six epochs that nobody disturbed, and their stages file."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "stages.toml").write_text(CHAIN)
+    for stage in ("first", "second"):
+        assert invoke("run-stage", stage, "--stages", folder / "stages.toml", "--ckpt", folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def half(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The first stage, stopped after three of six epochs."""
+    shutil.copy(undisturbed / "stages.toml", tmp_path)
+    real = micronet.save_epoch
+
+    def save_and_stop(folder: Path, stage: micronet.Stage, run: micronet.Run) -> None:
+        real(folder, stage, run)
+        if len(run.history) == 3:
+            raise micronet.Stopped("enough", signal.SIGTERM)
+
+    monkeypatch.setattr(micronet, "save_epoch", save_and_stop)
+    assert train(tmp_path).exit_code == 143
+    monkeypatch.undo()
+    return tmp_path
+
+
+def train(folder: Path, stage: str = "first") -> object:
+    return invoke("run-stage", stage, "--stages", folder / "stages.toml", "--ckpt", folder)
+
+
+def same_as(folder: Path, undisturbed: Path, stage: str = "first") -> bool:
+    return all(
+        same_training(folder / stage / file, undisturbed / stage / file)
+        for file in ("best.safetensors", "last.safetensors")
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+
+def kill_until_done(command: list[object], log: Path, kills: int, most: float, seed: int) -> int:
+    """Kill a command at random moments, start it again each time and let it end; return how often it was killed."""
+    moments, killed, reported = random.Random(seed), 0, 0
+    while True:
+        running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=WIDE)
+        try:
+            running.wait(moments.uniform(0, most) if killed < kills else 300)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            killed += 1
+        output = running.stdout.read().decode()
+        assert running.wait() in (0, -signal.SIGKILL), output
+        reported = max(
+            [reported]
+            + [int(line.split("epoch ")[1].split("/")[0]) for line in output.splitlines() if "  epoch " in line]
+        )
+        kept = read_metadata(state)["last"]["epoch"] if (state := newest(log)) else 0
+        assert kept >= reported, f"epoch {reported} was reported, {kept} are kept"
+        if running.returncode == 0:
+            return killed
+
+
+def newest(log: Path) -> Path | None:
+    states = [log.with_name(name) for name in ("last.safetensors", "previous.safetensors")]
+    return next((state for state in states if state.exists()), None)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.long)])
+def test_a_killed_stage_ends_with_the_same_bits(kills: int, undisturbed: Path, tmp_path: Path) -> None:
+    """Rounds of a whole stage, killed at random moments until so many kills are spent."""
+    killed, rounds = 0, 0
+    while killed < kills:
+        folder = tmp_path / str(rounds)
+        command = [sys.executable, ROOT / "micronet.py", "run-stage", "first", "--ckpt", folder]
+        command += ["--stages", undisturbed / "stages.toml"]
+        left = min(kills - killed, 10)
+        killed += kill_until_done(command, folder / "first" / "log.jsonl", left, 9, seed=rounds)
+        rounds += 1
+        assert same_as(folder, undisturbed)
+        assert not list((folder / "first").glob(".*.part"))
+        assert {path.name for path in (folder / "first").iterdir()} == {
+            "best.safetensors", "last.safetensors", "previous.safetensors", "log.jsonl",
+        }  # fmt: skip
+    print(f"{killed} kills in {rounds} rounds")
+
+
+@pytest.mark.parametrize("moment", [0, 2, 4, 5, 6, 9])
+def test_a_save_that_is_cut_off_anywhere_leaves_a_state(
+    moment: int, half: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails at one system call of a save after another: the run resumes to the same bits."""
+    calls = 0
+
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == moment + 1:
+                raise OSError(28, "No space left on device", "the disk")
+            return real(*arguments)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    result = train(half)
+    monkeypatch.undo()
+    assert (result.exit_code, result.stderr) == (5, "error: the disk: No space left on device\n")
+    assert train(half).exit_code == 0 and same_as(half, undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------------ damaged states
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at", [0, 0.001, 0.5, 0.999])
+def test_a_damaged_state_falls_back_to_the_one_before_it(at: float, half: Path, undisturbed: Path) -> None:
+    flip(half / "first" / "last.safetensors", at)
+    result = train(half)
+    assert result.exit_code == 0 and same_as(half, undisturbed)
+    (warning,) = (line for line in result.output.splitlines() if "WARNING" in line)
+    assert "last.safetensors: " in warning and warning.endswith(
+        f"going on from {half / 'first' / 'previous.safetensors'}"
+    )
+    assert "goes on after epoch 2 of 6" in result.output
+
+
+def test_two_damaged_states_are_refused(half: Path) -> None:
+    for name in ("last", "previous"):
+        flip(half / "first" / f"{name}.safetensors")
+    result = train(half)
+    assert (result.exit_code, result.output.count("\n")) == (3, 1)
+    assert (
+        "last.safetensors" in result.stderr and "previous.safetensors" in result.stderr and "--restart" in result.stderr
+    )
+    assert invoke("run-stage", "first", "--stages", half / "stages.toml", "--ckpt", half, "--restart").exit_code == 0
+    assert (half / "first.old1" / "last.safetensors").exists()
+
+
+def test_leftover_temporary_files_are_swept(half: Path) -> None:
+    leftover = half / "first" / ".last.safetensors.4711.part"
+    leftover.write_bytes(b"x" * 1000)
+    assert train(half).exit_code == 0 and not leftover.exists()
+
+
+# ------------------------------------------------------------------------------------------------------ disk and locks
+
+
+def test_a_full_disk(half: Path, undisturbed: Path) -> None:
+    """No file may grow beyond 40 kB: the run ends with the old state intact, and goes on once there is room."""
+    before = read_metadata(half / "first" / "last.safetensors")["last"]["epoch"]
+    options = ["--stages", half / "stages.toml", "--ckpt", half]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
+    result = program("run-stage", "first", *options, preexec_fn=limit)
+    assert (result.returncode, result.stderr.count("\n")) == (5, 1), result.stderr
+    assert "File too large" in result.stderr
+    assert read_metadata(half / "first" / "last.safetensors")["last"]["epoch"] == before
+    assert train(half).exit_code == 0 and same_as(half, undisturbed)
+
+
+def test_too_little_room_is_found_before_training(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100_000))
+    result = train(half)
+    assert (result.exit_code, result.output.count("epoch 4/6")) == (5, 0)
+    assert result.stderr.startswith(f"error: {half / 'first'}: 0 MiB free, ")
+
+
+def test_a_folder_that_cannot_be_written(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = invoke("run-stage", "first", "--stages", write(), "--ckpt", tmp_path / "file" / "ckpt")
+    assert (result.exit_code, result.output.count("\n")) == (5, 1) and "Not a directory" in result.stderr
+
+
+def test_one_stage_has_one_trainer(half: Path, undisturbed: Path) -> None:
+    options = ["run-stage", "first", "--stages", half / "stages.toml", "--ckpt", half]
+    command = [sys.executable, ROOT / "micronet.py", *options]
+    trainer = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=WIDE)
+    for line in trainer.stdout:
+        if "goes on after" in line:
+            break
+    os.kill(trainer.pid, signal.SIGSTOP)
+    other = program(*options)
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    assert (other.returncode, other.stdout) == (75, "")
+    assert other.stderr.startswith(f"error: stage first: process {trainer.pid} on ") and other.stderr.count("\n") == 1
+    assert train(half).exit_code == 0 and same_as(half, undisturbed)  # the dead one holds nothing
+
+
+def test_a_chain_passes_on_why_its_stage_failed(half: Path) -> None:
+    for name in ("last", "previous"):
+        flip(half / "first" / f"{name}.safetensors")
+    result = program("chain", "first", "--stages", half / "stages.toml", "--ckpt", half)
+    assert result.returncode == 3 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: stage first failed: ") and "restore one, or --restart" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------- hostile checkpoints
+
+
+def crafted(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def hostile(sound: Path) -> dict[str, bytes]:
+    tensors, metadata = load_checkpoint(sound)
+    explained = json.dumps({"micronet": json.dumps(metadata)})
+    about = b'"__metadata__":' + explained.encode()
+    one = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    content = sound.read_bytes()
+    return {
+        "empty": b"",
+        "one byte": b"\x01",
+        "a length alone": struct.pack("<Q", 2**63),
+        "a huge header": crafted(b" " * (2**20 + 1)),
+        "no metadata": save(tensors),
+        "other metadata": save(tensors, {"format": "pt"}),
+        "no JSON": crafted(b"{" * 1000),
+        "deep JSON": crafted(b"[" * 100_000),
+        "a list": crafted(b"[]"),
+        "a name twice": crafted(b"{" + about + b"," + one + b"," + one + b"}", b"abcd"),
+        "metadata twice": crafted(b"{" + about + b"," + about + b"," + one + b"}", b"abcd"),
+        "a huge shape": crafted(
+            b"{" + about + b',"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', b"abcd"
+        ),
+        "a negative offset": crafted(
+            b"{" + about + b',"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,4]}}', b"abcd"
+        ),
+        "an unknown type": crafted(b"{" + about + b',"a":{"dtype":"Q8","shape":[1],"data_offsets":[0,4]}}', b"abcd"),
+        "no tensor": crafted(b"{" + about + b"}"),
+        "cut": content[:-1],
+        "longer": content + b"x",
+    }
+
+
+@pytest.mark.parametrize("kind", [
+    "empty", "one byte", "a length alone", "a huge header", "no metadata", "other metadata", "no JSON", "deep JSON",
+    "a list", "a name twice", "metadata twice", "a huge shape", "a negative offset", "an unknown type", "no tensor",
+    "cut", "longer",
+])  # fmt: skip
+def test_a_hostile_checkpoint_is_refused_at_once(kind: str, undisturbed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "evil.safetensors"
+    path.write_bytes(hostile(undisturbed / "first" / "best.safetensors")[kind])
+    start = time.monotonic()
+    result = invoke("evaluate", path)
+    assert (result.exit_code, result.output.count("\n")) == (3, 1), result.output
+    assert result.stderr.startswith(f"error: {path}: ") and time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "type"])
+def test_other_tensors_than_the_networks_are_refused(change: str, undisturbed: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_checkpoint(undisturbed / "first" / "best.safetensors")
+    name = "cosine.kernel"
+    match change:
+        case "missing":
+            del tensors[name]
+        case "extra":
+            tensors["evil\x1b[31m"] = torch.zeros(1)
+        case "shape":
+            tensors[name] = tensors[name][:, :-1]
+        case "type":
+            tensors[name] = tensors[name].int()
+    save_checkpoint(path := tmp_path / "other.safetensors", tensors, metadata)
+    result = invoke("evaluate", path)
+    assert (result.exit_code, result.output.count("\n")) == (3, 1) and "\x1b" not in result.output
+
+
+def test_random_damage_never_loads(undisturbed: Path, tmp_path: Path) -> None:
+    content = (undisturbed / "first" / "last.safetensors").read_bytes()
+    path, dice = tmp_path / "damaged.safetensors", random.Random(0)
+    header = struct.unpack("<Q", content[:8])[0]
+    for n in range(150):
+        damaged = bytearray(content)
+        damaged[dice.randrange(8 + header if n % 2 else len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(damaged if n % 5 else content[: dice.randrange(len(content))])
+        with pytest.raises(micronet.Refused):
+            load_checkpoint(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("pipe.safetensors", "pipe.toml"):
+        os.mkfifo(tmp_path / name)
+    assert invoke("evaluate", tmp_path / "pipe.safetensors").exit_code == 3
+    assert invoke("chain", "--stages", tmp_path / "pipe.toml").exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ teachers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("scale", "a network of 10 classes at scale 7.0: stage second expects 10 classes at scale 5.0"),
+        ("nan", "expected finite weights, found nan or infinity"),
+        ("network", "is missing"),
+    ],
+)
+def test_a_wrong_teacher_is_refused(change: str, message: str, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "first", tmp_path / "first")
+    shutil.copy(undisturbed / "stages.toml", tmp_path)
+    path = tmp_path / "first" / "best.safetensors"
+    tensors, metadata = load_checkpoint(path)
+    match change:
+        case "scale":
+            metadata["stage"]["scale"] = 7.0
+        case "nan":
+            tensors["cosine.kernel"][3, 3] = float("nan")
+        case "network":
+            metadata["stage"]["depth"] = 1.0
+    save_checkpoint(path, tensors, metadata)
+    result = train(tmp_path, "second")
+    assert (result.exit_code, result.output.count("\n")) == (3, 1), result.output
+    assert message in result.stderr and not (tmp_path / "second").exists()
+
+
+def test_a_stage_does_not_teach_itself(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "first", tmp_path / "second")
+    own = tmp_path / "second" / "best.safetensors"
+    (tmp_path / "second" / "last.safetensors").unlink()
+    (tmp_path / "second" / "previous.safetensors").unlink()
+    (tmp_path / "stages.toml").write_text(CHAIN.replace('teacher = "first"', f'teacher = "{own}"'))
+    result = train(tmp_path, "second")
+    assert (result.exit_code, result.output.count("\n")) == (3, 1) and "cannot be its own teacher" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------- environment, nan and processes
+
+
+def test_a_changed_environment_is_announced(half: Path) -> None:
+    for name in ("last", "previous"):
+        path = half / "first" / f"{name}.safetensors"
+        tensors, metadata = load_checkpoint(path)
+        metadata["versions"]["torch"] = "2.11.0"
+        save_checkpoint(path, tensors, metadata | {"precision": "bf16"})
+    result = train(half)
+    assert result.exit_code == 0
+    assert "changed since epoch 3: precision was bf16 and is fp32\n" in result.output
+    assert f"changed since epoch 3: torch was 2.11.0 and is {torch.__version__}\n" in result.output
+
+
+@pytest.mark.parametrize("where", ["weight", "buffer", "loss"])
+def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (half / "first" / "last.safetensors").read_bytes()
+    real, step = micronet.margin_loss, 0
+
+    def margin_loss(cosines: torch.Tensor, *rest: object) -> torch.Tensor:
+        nonlocal step
+        step += 1
+        loss = real(cosines, *rest)
+        return loss * float("inf") if where == "loss" and step == 17 else loss  # the second step of epoch 5
+
+    def evaluate(network: torch.nn.Module, *rest: object) -> torch.Tensor:
+        totals = measured(network, *rest)
+        if where != "loss":
+            name = {"weight": "stem.0.weight", "buffer": "stem.1.running_var"}[where]
+            network.state_dict()[name][0] = float("nan")
+        return totals
+
+    measured = micronet.evaluate
+    monkeypatch.setattr(micronet, "margin_loss", margin_loss)
+    monkeypatch.setattr(micronet, "evaluate", evaluate)
+    result = train(half)
+    epoch, step_at = (5, 2) if where == "loss" else (4, 15)
+    assert result.exit_code == 4 and f"stage first: nan or infinity in epoch {epoch}, step " in result.stderr
+    assert where == "loss" or (half / "first" / "last.safetensors").read_bytes() == before
+    assert read_metadata(half / "first" / "last.safetensors")["last"]["epoch"] == epoch - 1
+    if where == "loss":
+        assert f"epoch {epoch}, step {step_at} of " in result.stderr
+
+
+def test_a_stopped_process_ends_the_other(write: Callable[..., Path], tmp_path: Path) -> None:
+    chain = Chain(
+        tmp_path,
+        write(CHAIN.replace("epochs = 6", "epochs = 40").replace("[6, 0.002]", "[40, 0.002]")),
+        write(TWO_PROCESSES, "two.yaml"),
+    )
+    chain.command += ["--timeout", "5"]
+    running = chain.start()
+    chain.wait_for_epoch("first", 1)
+    os.kill(max(chain.processes()), signal.SIGSTOP)
+    output, _ = running.communicate(timeout=90)
+    chain.wait_for_end(5)
+    kept = chain.epochs("first")
+    assert running.returncode == 1 and "error: stage first failed: " in output
+    assert read_metadata(chain.ckpt / "first" / "last.safetensors")["last"]["epoch"] == kept < 40
+
+
+# --------------------------------------------------------------------------------------------------------------- input
+
+
+def test_damaged_images_are_named(
+    cifar100: Path, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no download
+    monkeypatch.setenv("no_proxy", "")
+    stages = write(TINY.replace('"synthetic"', '"cifar100"'))
+    folder = tmp_path / "cifar-100-python"
+    real = cifar100 / "cifar-100-python"
+
+    def complaint() -> str:
+        result = invoke("run-stage", "first", "--stages", stages, "--data", tmp_path, "--ckpt", tmp_path / "ckpt")
+        assert (result.exit_code, result.output.count("\n")) == (3, 1), result.output
+        return result.stderr
+
+    shutil.copytree(real, folder)
+    flip(folder / "train")
+    assert "(train is damaged)" in complaint()
+    shutil.copy(real / "train", folder)
+    (folder / "test").write_bytes((real / "test").read_bytes()[:-1])
+    assert "(test is damaged)" in complaint()
+    shutil.copy(real / "train", folder / "test")
+    shutil.copy(real / "test", folder / "train")
+    assert "(train is damaged, test is damaged)" in complaint()
+    shutil.rmtree(folder)
+    assert "(train is missing, test is missing, meta is missing), and the download failed" in complaint()
+
+
+@given(st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda text: text.encode())))
+@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_stages_or_one_line(tmp_path: Path, content: bytes) -> None:
+    check_stages(tmp_path / "any.toml", content)
+
+
+VALUES = st.recursive(
+    st.one_of(st.booleans(), st.integers(), st.floats(), st.text("ab.[]\x1b'é", max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from("ab"), inner, max_size=2)),
+    max_leaves=6,
+)
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+
+
+@given(st.dictionaries(st.sampled_from(list(micronet.KEYS)), VALUES, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_are_a_stage_or_one_line(tmp_path: Path, table: dict[str, object]) -> None:
+    lines = [f"{key} = {toml(value)}" for key, value in ({"network": "efficientnet_ex"} | table).items()]
+    check_stages(tmp_path / "any.toml", ("[stage.a]\n" + "\n".join(lines)).encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 60_000,
+        ".".join("a" * 50_000) + " = 1",
+        "stage." + "a." * 30_000 + "b = 1",
+        "x = 1\n" * 100_000,
+        "[stage.a]\nepochs = " + "9" * 5000,
+        "[stage.a]\nnetwork = 'efficientnet_ex'\nepochs = true",
+        "[stage.a]\nnetwork = 'efficientnet_ex'\nmomentum = 1e400",
+        "[stage.a]\nnetwork = 'efficientnet_ex'\nscale = nan",
+        "[stage.'../x']\nnetwork = 'efficientnet_ex'",
+        "[stage.'']\nnetwork = 'efficientnet_ex'",
+        "[stage.a]\nnetwork = 'efficientnet_ex'\nteacher = '/etc/passwd'",
+        "[stage.a]\nnetwork = 'efficientnet_ex'\nteacher = '/dev/zero'",
+    ],
+    ids=range(12),
+)
+def test_crafted_stages_are_one_line(text: str, tmp_path: Path) -> None:
+    check_stages(tmp_path / "crafted.toml", text.encode(), accepted=False)
+
+
+def check_stages(path: Path, content: bytes, accepted: bool = True) -> None:
+    path.write_bytes(content)
+    start = time.monotonic()
+    result = invoke("chain", "--stages", path, "--ckpt", path.parent / "ckpt", "--dry-run")
+    assert time.monotonic() - start < 1
+    if result.exit_code == 0:
+        assert accepted and load_stages(path)
+    else:
+        assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+        assert result.stderr.startswith(f"error: {path}: ") and "\x1b" not in result.output
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(write: Callable[..., Path], tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'micronet.py'} run-stage first --stages {write()} --ckpt {tmp_path} | head -1"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=WIDE)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.count("\n") == 1
+    assert read_metadata(tmp_path / "first" / "last.safetensors")["last"]["epoch"] == 3
+
+
+def test_a_full_log_does_not_end_a_run(write: Callable[..., Path], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "micronet.py", "run-stage", "first", "--stages", write(), "--ckpt", tmp_path]
+        subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, env=WIDE)
+    assert read_metadata(tmp_path / "first" / "last.safetensors")["last"]["epoch"] == 3
