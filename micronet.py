@@ -67,8 +67,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple
 import rich.box
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 if __name__ == "__main__" and not TYPE_CHECKING:
     # The program's own copy of this file only parses, checks and prints, which must not wait seconds for torch:
@@ -1515,6 +1517,40 @@ def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
     return metadata
 
 
+def metadata_if_sound(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
+    """Return the metadata of what another stage has kept, or None: what is only looked at stops no run."""
+    try:
+        return kept_metadata(stage, ckpt)
+    except Failure:
+        return None
+
+
+def is_locked(stage: str, ckpt: Path) -> bool:
+    """Tell whether a process trains a stage, without taking the lock even for a moment."""
+    try:
+        with open(ckpt / f".{stage}.lock", "rb") as file:
+            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+            return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+    except OSError:
+        return False
+
+
+def kept_stages(ckpt: Path) -> dict[Stage, dict[str, Any]]:
+    """Return the stages that have kept something in a folder, teachers first; raises Refused where all is damaged."""
+    found: dict[str, tuple[Stage, dict[str, Any]]] = {}
+    for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
+        files = folder / "last.safetensors", folder / "previous.safetensors"
+        if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_metadata)):
+            path, metadata, _ = sound
+            try:
+                tested_at(metadata["history"][-1])
+                found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
+            except (KeyError, IndexError, TypeError):
+                raise Refused(f"{path}: its metadata hold no history") from None
+    order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
+    return {stage: found[stage.name][1] for stage in order}
+
+
 def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
     """Raise Misconfigured where a checkpoint comes from another definition of the stage."""
     kept, done = trained_stage(path, metadata), epochs_done(metadata)
@@ -2159,52 +2195,164 @@ class Plain:
 
 
 class Dashboard(Plain):
-    """Bars for the epoch and the stage under the lines of `Plain`, redrawn at most four times a second."""
+    """The chain, the stage at work and its curve on one screen, redrawn at most four times a second."""
+
+    def __init__(self, console: Console, kept: dict[Stage, dict[str, Any] | None]) -> None:
+        super().__init__(console)
+        self.kept = kept
+        self.history: list[dict[str, Any]] = []
+        self.bars: list[RenderableType] = []
 
     def __enter__(self) -> Dashboard:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
-        )
-        self.progress = Progress(*columns, console=self.console, auto_refresh=False, redirect_stderr=False)
-        self.progress.start()
-        self.drawn = 0.0
+        options = {"auto_refresh": False, "redirect_stderr": False, "vertical_overflow": "crop"}
+        self.live = Live(console=self.console, get_renderable=self.picture, **options)
+        self.live.start()
+        self.drawn = -1.0
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        if self.history or self.bars:
+            self.live.refresh()
+        self.live.stop()
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                steps = event.stage.steps_per_epoch
-                self.begun, self.first = time.monotonic(), event.done * steps
-                self.epoch_bar = self.progress.add_task("epoch", total=steps, info="")
-                self.stage_bar = self.progress.add_task("stage", total=event.stage.epochs * steps, info="")
+                super().__call__(event)
+                self.begun, self.first = time.monotonic(), event.done * event.stage.steps_per_epoch
+                self.teacher = event.teacher
+                self.history = list((self.kept.get(event.stage) or {"history": []})["history"])
+                self.drops = rate_drops(event.stage)
             case Stepped() if time.monotonic() - self.drawn >= 0.25:
+                self.bars = self.progress(event)
+                self.live.refresh()
                 self.drawn = time.monotonic()
-                self.draw(event)
+            case EpochDone():
+                self.history.append(event.record)
             case Finished():
-                self.progress.update(self.stage_bar, visible=False)
-                self.progress.update(self.epoch_bar, visible=False)
-        super().__call__(event)
+                self.live.transient = True  # the curve has been seen; `show` draws it again
+                say(self.console, conclusion(self.stage, event))
 
-    def draw(self, event: Stepped) -> None:
+    def progress(self, event: Stepped) -> list[RenderableType]:
+        """Return bars for step and epoch, and a line on speed and memory."""
         loss, hits = (event.totals / event.images).tolist()  # sync, four times a second at most
-        steps = self.stage.steps_per_epoch
+        stage, steps = self.stage, self.stage.steps_per_epoch
         done = (event.epoch - 1) * steps + event.step
-        rate = (done - self.first) / (time.monotonic() - self.begun)  # steps per second, evaluations included
-        left = (self.stage.epochs * steps - done) / rate
-        learned = f"loss {loss:.3f}  top-1 {100 * hits:.1f} %  {rate * self.stage.batch_size:,.0f} images/s"
-        self.progress.update(self.epoch_bar, completed=event.step, info=learned)
-        self.progress.update(self.stage_bar, completed=done, info=f"{duration(left)} left")
-        self.progress.refresh()
+        rate = (done - self.first) / (time.monotonic() - self.begun) * stage.batch_size  # evaluations included
+        left = (stage.epochs * steps - done) * stage.batch_size
+        later = left + sum(
+            (other.epochs - epochs_done(metadata)) * other.steps_per_epoch * other.batch_size
+            for other, metadata in self.kept.items()
+            if other.name != stage.name
+        )
+        tested = percent(self.history[-1]["test_top1"]) if self.history else "-"
+        bars = Table.grid(padding=(0, 1))
+        for _ in range(2):
+            bars.add_column(no_wrap=True)
+        bars.add_row(" step", ProgressBar(steps, event.step, width=26), f"{event.step:,}/{steps:,}",
+                     f"loss {loss:.3f}  train top-1 {percent(100 * hits)}")  # fmt: skip
+        bars.add_row(" epoch", ProgressBar(stage.epochs, event.epoch - 1, width=26), f"{event.epoch:,}/{stage.epochs:,}",
+                     f"lr {event.lr:.3g}  test top-1 {tested}")  # fmt: skip
+        speed = f" {rate:,.0f} images/s, {peak_memory_mb(event.totals.device):,.0f} MiB, {duration(left / rate)} left"
+        if later > left:
+            speed += f"; all stages {duration(later / rate)} at this rate"
+        return [bars, Text(speed)]
+
+    def picture(self) -> RenderableType:
+        """Return what stands on the screen, no taller than that."""
+        if not self.bars:
+            return Text("")
+        width, height = self.console.size
+        rows = chain_rows(self.kept, self.stage, self.history)
+        room = height - 8  # four lines of the table are no rows, three are bars and speed, one stays free
+        most = max(1, min(len(rows), room - 6))
+        here = next(i for i, row in enumerate(rows) if row[0] == self.stage.name)
+        first = min(max(0, here - most // 2), len(rows) - most)
+        parts: list[RenderableType] = [chain_table(rows[first : first + most]), *self.bars]
+        tall = min(room - most, 16)
+        if tall >= 6:
+            top1 = self.teacher and self.teacher["top1"]
+            options = self.console.options
+            lines = curve(self.history, self.stage.epochs, top1, self.drops, min(width, 120), tall, options.ascii_only)
+            parts += [Text(line, no_wrap=True) for line in lines]
+        return Group(*parts)
 
 
-def choose_view(console: Console) -> Plain:
-    return Dashboard(console) if console.is_interactive and not console.quiet else Plain(console)
+def choose_view(console: Console, kept: dict[Stage, dict[str, Any] | None]) -> Plain:
+    return Dashboard(console, kept) if console.is_interactive and not console.quiet else Plain(console)
+
+
+def rate_drops(stage: Stage) -> list[int]:
+    """Return the epochs before which the rate of a stage drops."""
+    return [] if isinstance(stage.lr, Schedule) else [last + 1 for last, _ in stage.lr if last < stage.epochs]
+
+
+def chain_rows(
+    kept: dict[Stage, dict[str, Any] | None], running: Stage | None = None, history: list[dict[str, Any]] | None = None
+) -> list[list[str]]:
+    """Write what stages have come to, a row each: name, network, teacher, state, epoch, best, last, time.
+
+    The stage that is running has come further than what it has kept: to `history`.
+    """
+    tops = {stage.name: metadata["best"]["top1"] for stage, metadata in kept.items() if metadata}
+    rows = []
+    for stage, metadata in kept.items():
+        records = history if stage == running and history is not None else (metadata or {"history": []})["history"]
+        state = "done" if is_finished(stage, metadata) else "stopped" if metadata else "waiting"
+        state = "running" if running and stage.name == running.name else state
+        top1 = tops.get(stage.teacher)
+        teacher = stage.teacher or "-"
+        figures = ["-", "-", "-"]
+        if records:
+            seconds = sum(record["seconds"] for record in records)
+            best, last = best_of(records)["test_top1"], records[-1]["test_top1"]
+            figures = [f"{best:.2f}", f"{last:.2f}", duration(seconds)]
+        network = stage.network.removeprefix("efficientnet_")
+        taught = teacher if top1 is None else f"{teacher} {top1:.2f}"
+        rows.append([stage.name, network, taught, state, f"{len(records)}/{stage.epochs}", *figures])
+    return rows
+
+
+def curve(
+    history: list[dict[str, Any]],
+    epochs: int,
+    teacher: float | None,  # top-1 in percent
+    drops: Collection[int],  # epochs before which the rate drops
+    width: int,
+    height: int,
+    ascii_only: bool = False,
+) -> list[str]:
+    """Draw test top-1 in percent over the epochs as lines of at most `width` characters, `height` of them."""
+    mark, dash, drop, corner, flat, wall = "*-:+-|" if ascii_only else "●╌┊└─│"
+    values = [record["test_top1"] for record in history] + ([] if teacher is None else [teacher])
+    low = math.floor(min(values, default=0) / 10) * 10
+    high = max(low + 10, math.ceil(max(values, default=100) / 10) * 10)
+    rows, columns = height - 2, width - 8
+    cells = [[" "] * columns for _ in range(rows)]
+
+    def column(epoch: float) -> int:
+        return round((epoch - 1) / max(1, epochs - 1) * (columns - 1))
+
+    def row(top1: float) -> int:
+        return round((high - top1) / (high - low) * (rows - 1))
+
+    for epoch in drops:
+        for line in cells:
+            line[column(epoch - 0.5)] = drop
+    if teacher is not None:
+        cells[row(teacher)] = [dash] * columns
+    for record in history:
+        cells[row(record["test_top1"])][column(record["epoch"])] = mark
+    if teacher is not None:
+        label = list(f"{dash} teacher {teacher:.2f} ")[:columns]
+        cells[row(teacher)][: len(label)] = label
+    labels = {0: f"{high:g}", rows - 1: f"{low:g}"}
+    lines = [f"{labels.get(i, ''):>5} {wall}{''.join(line)}".rstrip() for i, line in enumerate(cells)]
+    below = "1" + f"{epochs}".rjust(columns - 1) if epochs > 1 else "1"
+    middle = "test top-1 in percent, by epoch" + (f"; {drop} the rate drops" if drops else "")
+    if len(middle) + len(f"{epochs}") + 4 <= columns:
+        below = "1" + middle.center(columns - 1 - len(f"{epochs}")) + f"{epochs}"
+    return [*lines, f"{'':5} {corner}{flat * columns}", f"{'':7}{below}"]
 
 
 class Screen(Console):
@@ -2313,6 +2461,15 @@ def results_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
         done = "" if is_finished(stage, metadata) else f" ({progress(stage, metadata)})"
         numbers = result_cells(metadata) if metadata else []
         table.add_row(stage.name + done, network, stage.teacher or "-", *numbers)
+    return table
+
+
+def chain_table(rows: list[list[str]]) -> Table:
+    """Show where a chain stands, from `chain_rows`."""
+    table = new_table("", "stage, network, teacher, state", "epoch, best, last, time")
+    table.title = None
+    for row in rows:
+        table.add_row(*row, style="bold" if row[3] == "running" else "")
     return table
 
 
@@ -2686,12 +2843,17 @@ def run_stage(
     restart: Annotated[bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")] = False,
     timeout: Timeout = 600,
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
+    among: Annotated[
+        list[str] | None, typer.Option("--among", hidden=True, help="Stages to show; the chain's.")
+    ] = None,
 ) -> None:
     """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
 
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
-    stage = with_seed(find_stage(load_stages(stages), name), seed)
+    every = load_stages(stages)
+    todo = [with_seed(other, seed) for other in with_teachers(every, [*(among or []), name])]
+    stage = next(other for other in todo if other.name == name)
     accelerator = open_accelerator(timeout)
     console = new_console(quiet=not accelerator.is_main_process)
     with locked(stage, ckpt) if accelerator.is_main_process else nullcontext():
@@ -2700,15 +2862,14 @@ def run_stage(
         if is_finished(stage, kept_metadata(stage, ckpt)):
             say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
             return
-        train_and_keep(stage, data, ckpt, accelerator, console, lifeline)
+        view = choose_view(console, {other: metadata_if_sound(other, ckpt) for other in todo})
+        train_and_keep(stage, data, ckpt, accelerator, view, lifeline)
     accelerator.end_training()
 
 
-def train_and_keep(
-    stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, console: Console, lifeline: bool
-) -> None:
+def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, lifeline: bool) -> None:
     """Train a stage, keep every epoch and show it, until it ends or is stopped."""
-    with StopRequest(lifeline) as stop, choose_view(console) as view:
+    with StopRequest(lifeline) as stop, view:
         run = open_run(stage, data, ckpt, accelerator)
         if accelerator.is_main_process:
             check_room(ckpt / stage.name, run.student)
@@ -2742,11 +2903,86 @@ def chain(
         return
     options = ["--stages", str(stages), "--data", str(data), "--ckpt", str(ckpt), "--timeout", str(timeout)]
     options += [] if seed is None else ["--seed", str(seed)]
+    options += [word for stage in todo for word in ("--among", stage.name)]
     left = [stage for stage in todo if not is_finished(stage, kept[stage])]
     launch = plan_launch(config_file, console) if left else None
     for stage in left:
         launch_stage(launch, stage, options, ckpt)
     console.print(results_table({stage: kept_metadata(stage, ckpt) for stage in todo}))
+
+
+@command("show", computes=False)
+def show(
+    ckpt: CkptFolder = Path("ckpt"),
+    follow: Annotated[bool, typer.Option("--follow", help="Redraw every second until Ctrl-C.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write the picture to this file, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the chain's table and curves from what is kept, also while it trains in another terminal.
+
+    Example: micronet.py show --svg chain.svg
+    """
+    if not ckpt.is_dir():
+        raise Misconfigured(f"{ckpt}: no such folder; expected one that keeps the checkpoints of stages")
+    console = new_console()
+    if follow:
+        follow_stages(ckpt, console)
+        return
+    if as_json:
+        typer.echo(json.dumps(stages_as_json(ckpt), indent=2))
+    else:
+        console.print(stages_picture(ckpt, min(console.width, 120), 12, console.options.ascii_only))
+    if svg:
+        paper = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+        paper.print(stages_picture(ckpt, 100, 12, False))
+        replace_file(svg, paper.export_svg(title="micronet show").encode())
+
+
+def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: int | None = None) -> RenderableType:
+    """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
+    kept = kept_stages(ckpt)
+    if not kept:
+        return Text("no stage has finished an epoch here")
+    rows = chain_rows(kept)
+    for row in rows:
+        row[3] = "running" if is_locked(row[0], ckpt) else row[3]
+    parts: list[RenderableType] = [chain_table(rows)]
+    drawn = list(kept.items())
+    if room is not None:
+        working = [(stage, metadata) for (stage, metadata), row in zip(drawn, rows) if row[3] == "running"]
+        drawn, tall = (working or drawn)[-1:], min(tall, room - len(rows) - 7)
+    for stage, metadata in drawn if tall >= 6 else []:
+        teacher = metadata["teacher"] and metadata["teacher"]["top1"]
+        lines = curve(metadata["history"], stage.epochs, teacher, rate_drops(stage), width, tall, ascii_only)
+        parts += [Text(line, no_wrap=True) for line in ["", f" {stage.name}", *lines]]
+    return Group(*parts)
+
+
+def stages_as_json(ckpt: Path) -> list[dict[str, Any]]:
+    """Return what stages have come to, with every epoch's figures."""
+    names = ("stage", "network", "teacher", "state", "epoch", "epochs", "best", "last", "seconds", "history")
+    results = []
+    for (stage, metadata), row in zip((kept := kept_stages(ckpt)).items(), chain_rows(kept)):
+        state = "running" if is_locked(stage.name, ckpt) else row[3]
+        figures = (metadata["best"], metadata["last"], metadata["seconds"], metadata["history"])
+        values = (stage.name, stage.network, stage.teacher, state, epochs_done(metadata), stage.epochs, *figures)
+        results.append(dict(zip(names, values)))
+    return results
+
+
+def follow_stages(ckpt: Path, console: Console) -> None:
+    """Redraw what is kept every second until a signal, which is how it is meant to end."""
+    if not console.is_interactive:
+        raise Misconfigured("--follow: standard output is no terminal: expected one, or show without --follow")
+
+    def picture() -> RenderableType:
+        width, height = console.size
+        return stages_picture(ckpt, min(width, 120), 16, console.options.ascii_only, height)
+
+    with StopRequest() as stop, Live(console=console, get_renderable=picture, auto_refresh=False) as live:
+        while not stop.made():
+            live.refresh()
+            time.sleep(0.25)
 
 
 @command("bench", computes=False)

@@ -1,0 +1,161 @@
+"""The screen: what is drawn from events and from what is kept, and how fast it comes up."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, WIDE, invoke, reset_accelerate
+from rich.console import Console
+
+import micronet
+from micronet import Cost, EpochDone, Finished, Stage, Started, Stepped, curve
+
+
+def record(epoch: int, top1: float) -> dict[str, float]:
+    return {"epoch": epoch, "lr": 0.1, "train_loss": 1.5, "train_top1": 50.0, "test_loss": 1.2, "test_top1": top1,
+            "test_top5": 90.0, "seconds": 10.0, "images_per_second": 100.0}  # fmt: skip
+
+
+STAGE = Stage("a-long-name", network="efficientnet_ex", teacher="b0", dataset="synthetic", train_images=200, epochs=70)
+TEACHER = Stage("b0", network="efficientnet_b0", dataset="synthetic", epochs=70)
+FACTS = {"device": "CPU (x86_64)", "processes": 1, "precision": "fp32", "compile": None}
+KEPT = {TEACHER: {"best": {"top1": 81.25}, "last": {"epoch": 70}, "history": [record(70, 81.25)]}, STAGE: None}
+
+
+def picture(width: int, height: int, kept: dict = KEPT, encoding: str = "utf-8", **options: object) -> str:
+    """Return the last frame of a dashboard after some events, as a terminal of that size would get it."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=width, height=height, force_terminal=True, **options)
+    teacher = {"name": "b0", "top1": 81.25, "file": "ckpt/b0/best.safetensors"}
+    with micronet.choose_view(console, kept) as view:
+        assert isinstance(view, micronet.Dashboard)
+        view(Started(STAGE, FACTS, Cost(1, 1, 1, 1), teacher, 0, []))
+        for epoch in (1, 2, 3):
+            view(EpochDone(record(epoch, 20.0 * epoch), record(epoch, 20.0 * epoch)))
+        view.drawn = -1.0
+        view(Stepped(4, 3, 0.07, torch.tensor([384.0, 192.0]), 384))
+        paper = Console(file=file, width=width, height=height, color_system=None, **options)
+        with paper.capture() as captured:
+            paper.print(view.picture())
+    return captured.get()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 50), (80, 12), (40, 10)])
+@pytest.mark.parametrize("others", [0, 12])
+def test_the_dashboard_fits(size: tuple[int, int], others: int) -> None:
+    more = {Stage(f"s{i}", network="efficientnet_ex", dataset="synthetic"): None for i in range(others)}
+    lines = picture(*size, kept=KEPT | more).splitlines()
+    if size[0] >= 80:
+        assert len(lines) < size[1] and "a-long-name" in "".join(lines)
+        assert max(map(len, lines)) <= size[0]
+        assert not any("…" in line or "..." in line for line in lines)
+
+
+def test_the_dashboard_says_what_the_events_say() -> None:
+    text = picture(80, 24)
+    for words in ("running", "loss 1.000", "train top-1 50.00 %", "lr 0.07", "test top-1 60.00 %", "3/", "4/70",
+                  "images/s", "MiB", "left", "teacher 81.25", "b0 81.25", "3/70", "60.00", "the rate drops"):  # fmt: skip
+        assert words in text, words
+
+
+def test_an_ascii_terminal_gets_ascii() -> None:
+    assert picture(80, 24, encoding="ascii", no_color=True).isascii()
+
+
+def test_a_curve_has_each_epoch_in_its_place() -> None:
+    lines = curve([record(1, 0.0), record(6, 50.0), record(11, 100.0)], 11, None, [6], 48, 8, ascii_only=True)
+    assert len(lines) == 8 and max(map(len, lines)) <= 48
+    plot = [line[7:].ljust(40) for line in lines[:6]]
+    assert plot[0][39] == "*" and plot[5][0] == "*" and plot[2][20] == "*"  # half way along, and up
+    assert sum(line.count("*") for line in plot) == 3
+    assert all(line[18] == ":" for line in plot)  # between epochs 5 and 6
+    assert lines[0].startswith("  100 |") and lines[5].startswith("    0 |")
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 2, 500])
+def test_a_curve_of_any_length_fits(epochs: int) -> None:
+    history = [record(n + 1, 99.99 * n / max(1, epochs)) for n in range(epochs)]
+    lines = curve(history, max(1, epochs), 50.0, [], 40, 10)
+    assert len(lines) == 10 and max(map(len, lines)) <= 40 and "teacher 50.00" in "".join(lines)
+
+
+def test_a_pipe_gets_a_line_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setenv("TTY_INTERACTIVE", "0")
+    console = Console(file=file, force_terminal=True, width=100)  # as FORCE_COLOR does
+    with micronet.choose_view(console, KEPT) as view:
+        view(Started(STAGE, FACTS, Cost(1, 1, 1, 1), None, 0, []))
+        for epoch in (1, 2):
+            view(Stepped(epoch, 1, 0.07, torch.zeros(2), 128))
+            view(EpochDone(record(epoch, 20.0), record(1, 20.0)))
+        view(Finished(record(1, 20.0), record(2, 20.0)))
+    lines = file.getvalue().splitlines()
+    assert [line.split("  ")[1] for line in lines[3:5]] == ["epoch 1/70", "epoch 2/70"] and len(lines) == 6
+    assert "\x1b[2K" not in file.getvalue() and "\x1b[?25l" not in file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished teacher and its pupil."""
+    folder = tmp_path_factory.mktemp("show")
+    (folder / "stages.toml").write_text(TINY)
+    for stage in ("first", "second"):
+        options = ["--stages", folder / "stages.toml", "--ckpt", folder / "ckpt"]
+        assert invoke("run-stage", stage, *options).exit_code == 0
+        reset_accelerate()
+    return folder / "ckpt"
+
+
+def test_show(kept: Path, tmp_path: Path) -> None:
+    result = invoke("show", "--ckpt", kept, "--svg", tmp_path / "chain.svg")
+    rows = [line.split() for line in result.output.splitlines() if " done " in line]
+    assert [row[0] for row in rows] == ["first", "second"] and result.output.count("●") == 6
+    svg = (tmp_path / "chain.svg").read_text()
+    assert svg.startswith("<svg") and "second" in svg and "●" in svg
+    results = json.loads(invoke("show", "--ckpt", kept, "--json").stdout)
+    assert [(r["stage"], r["state"], r["epoch"], len(r["history"])) for r in results] == [
+        ("first", "done", 3, 3), ("second", "done", 3, 3),
+    ]  # fmt: skip
+    assert results[1]["best"] == micronet.read_metadata(kept / "second" / "best.safetensors")["best"]
+
+
+def test_show_tells_who_is_running(kept: Path) -> None:
+    """The lock of another process shows; looking at it does not take it."""
+    stage = next(iter(micronet.kept_stages(kept)))
+    code = "import sys, micronet, pathlib\nstage = next(iter(micronet.kept_stages(p := pathlib.Path(sys.argv[1]))))\n"
+    code += "with micronet.locked(stage, p): print('held', flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    holder = subprocess.Popen([sys.executable, "-c", code, kept], **pipes)
+    assert holder.stdout.readline() == "held\n"
+    states = [r["state"] for r in json.loads(invoke("show", "--ckpt", kept, "--json").stdout)]
+    holder.communicate()
+    assert states == ["running", "done"] and not micronet.is_locked(stage.name, kept)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--ckpt", "missing"], "missing: no such folder"), (["--follow", "--ckpt", "."], "--follow: standard output"),
+])  # fmt: skip
+def test_show_refuses_in_one_line(arguments: list[str], message: str) -> None:
+    result = invoke("show", *arguments)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1) and message in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["show", "--ckpt", "KEPT"], ["run-stage", "--help"]])
+def test_what_computes_nothing_comes_up_at_once(arguments: list[str], kept: Path) -> None:
+    """Torch stays out, and so the time stays near that of importing rich and typer (best of three, in turns)."""
+    words = [str(kept) if word == "KEPT" else word for word in arguments]
+    times: dict[str, float] = {}
+    for _ in range(3):
+        for name, command in (("bare", ["-c", "import rich, typer"]), ("ours", [str(ROOT / "micronet.py"), *words])):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, env=WIDE)
+            times[name] = min(times.get(name, 99), time.perf_counter() - begun)
+    assert times["ours"] < max(0.5, 5 * times["bare"]), times
+    listed = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "micronet.py"), *words],
+                            capture_output=True, text=True, env=WIDE).stderr  # fmt: skip
+    assert " torch" not in listed and "rich" in listed
