@@ -69,6 +69,7 @@ SHORT = [
     "uv run micronet.py evaluate ckpt/student/best.safetensors",
     "uv run micronet.py score ckpt/student/best.safetensors",
     "uv run micronet.py score --board",
+    "uv run micronet.py show",
     "uv run micronet.py export ckpt/student/best.safetensors student.safetensors",
 ]
 
