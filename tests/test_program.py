@@ -274,3 +274,21 @@ def test_real_images(cifar100: Path, write: Callable[..., Path], tmp_path: Path)
     paths = [tmp_path / stage / "best.safetensors" for stage in ("plain", "refined")]
     results = json.loads(invoke("evaluate", *paths, "--data", cifar100, "--json").stdout)
     assert [r["top1"] for r in results] == [read_metadata(path)["best"]["top1"] for path in paths]
+
+
+def test_a_slot_of_time_ends_in_time_and_leaves_what_goes_on(write: Callable[..., Path], tmp_path: Path) -> None:
+    stages = write(CHAIN.replace("epochs = 6", "epochs = 900").replace("[6, 0.002]", "[900, 0.002]"))
+    environment = WIDE | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    kept = 0
+    for n in (1, 2):
+        ckpt, out = tmp_path / str(n) / "ckpt", tmp_path / f"out{n}"
+        command = [ROOT / "benchmarks" / "slot.sh", stages, ckpt, out, "25", "first"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 124, result.stdout + result.stderr
+        assert (f"goes on after epoch {kept} of 900" in result.stdout) == (n == 2)
+        kept = json.loads((out / "show.json").read_text())[0]["epoch"]
+        assert kept > 0 and f"stage first keeps {kept} of 900 epochs" in result.stdout
+        assert read_metadata(out / "first.safetensors")["exported"]["weights"] == "float16"
+        (tmp_path / "2").mkdir(exist_ok=True)
+        parts = b"".join(part.read_bytes() for part in sorted(out.glob("state.part*")))
+        subprocess.run(["tar", "x", "-C", tmp_path / "2"], input=parts, check=True)
