@@ -6,10 +6,12 @@
 A stage trains one network. From the second stage on a frozen teacher labels the very crop that the student sees
 (label refinery [1, 2]), and the best network of a stage is the teacher of the next. The smallest two, ex and exx,
 have 2,793,064 and 2,418,650 parameters and score 0.0748 and 0.0668 by the authors' count, 0.0740 and 0.0661 by the
-challenge's and 0.0723 and 0.0644 as `export` writes them (`score` computes all of these); the authors report 80.12 % and 80.14 % top-1 for them [1]. What this program has measured itself stands in README.md.
+challenge's and 0.0723 and 0.0644 as `export` writes them (`score` computes all of these); the authors report 80.12 %
+and 80.14 % top-1 for them [1]. What this program has measured itself stands in README.md.
 
     micronet.py chain                           train all stages, teachers first, skipping what is finished
     accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3         train one stage
+    micronet.py show                            where a chain stands, with curves
     micronet.py evaluate ckpt/ex/best.safetensors                                  accuracy of a checkpoint
     micronet.py score                           parameters, operations and MicroNet score of every network
     micronet.py export ckpt/ex/best.safetensors ex.onnx                        the network as it ships, folded
