@@ -59,12 +59,12 @@ import tomllib
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, TextIO
 
 import rich.box
 import typer
@@ -123,6 +123,14 @@ class Locked(Failure):
     """Another process trains the stage."""
 
     exit_code = 75
+
+
+class Stopped(Failure):
+    """A signal, or the end of the process that started this one, has stopped a run between two steps."""
+
+    def __init__(self, message: str, signum: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (signum or signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------------------------ Stages
@@ -745,10 +753,51 @@ BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, tabl
 STEM, HEAD, EMBEDDING = 32, 1280, 200  # channels, channels, dimensions
 
 
+def multipliers(network: str, width: float | None, depth: float | None) -> Multipliers:
+    """Return a network's multipliers: those given, where they are, else its own."""
+    own = NETWORKS[network]
+    return Multipliers(width or own.width, depth or own.depth)
+
+
 def scaled_channels(channels: int, width: float) -> int:
     """Scale a channel count to a multiple of 8, at most 10 % down [4]."""
     scaled = max(8, int(channels * width + 4) // 8 * 8)
     return scaled if scaled >= 0.9 * channels * width else scaled + 8
+
+
+class Block(NamedTuple):
+    """What an `MBConv` is made from."""
+
+    inputs: int  # channels
+    outputs: int
+    expansion: int
+    kernel: int
+    stride: int
+
+
+def scaled_blocks(width: float, depth: float) -> list[Block]:
+    """Return the blocks of a network of that width and depth [4]."""
+    blocks, channels = [], scaled_channels(STEM, width)
+    for expansion, base, repeats, stride, kernel in BLOCKS:
+        outputs = scaled_channels(base, width)
+        for repeat in range(math.ceil(repeats * depth)):
+            blocks.append(Block(channels, outputs, expansion, kernel, 1 if repeat else stride))
+            channels = outputs
+    return blocks
+
+
+def convolved(width: float, depth: float) -> int:
+    """Return how many elements the convolutions of a network put out for one image.
+
+    These networks wait for memory, so that their time goes with it; it takes no torch to know.
+    """
+    area, total = SIDE**2, scaled_channels(STEM, width) * SIDE**2
+    for block in scaled_blocks(width, depth):
+        hidden = block.inputs * block.expansion
+        total += hidden * area if block.expansion != 1 else 0
+        area //= block.stride**2
+        total += (hidden + block.outputs) * area + hidden + max(1, block.inputs // 4)  # the last two: the gate
+    return total + scaled_channels(HEAD, width) * area
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -791,8 +840,9 @@ class MBConv(nn.Module):
     Stochastic depth [6] leaves the block out with probability `drop`, for each image, where there is a skip.
     """
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float) -> None:
+    def __init__(self, block: Block, drop: float) -> None:
         super().__init__()
+        inputs, outputs, expansion, kernel, stride = block
         hidden = inputs * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
@@ -835,17 +885,10 @@ class EfficientNet(nn.Sequential):
         layers: list[tuple[str, nn.Module]] = [
             ("stem", nn.Sequential(*convolution(3, channels, 3), batch_norm(channels), nn.SiLU()))
         ]
-        blocks = []
-        for expansion, base, repeats, stride, kernel in BLOCKS:
-            outputs = scaled_channels(base, width)
-            for repeat in range(math.ceil(repeats * depth)):
-                first = repeat == 0
-                blocks.append(MBConv(channels, outputs, expansion, kernel, stride if first else 1, stochastic_depth))
-                channels = outputs
-        head = scaled_channels(HEAD, width)
+        blocks, head = scaled_blocks(width, depth), scaled_channels(HEAD, width)
         layers += [
-            ("blocks", nn.Sequential(*blocks)),
-            ("head", nn.Sequential(*convolution(channels, head, 1), batch_norm(head), nn.SiLU())),
+            ("blocks", nn.Sequential(*(MBConv(block, stochastic_depth) for block in blocks))),
+            ("head", nn.Sequential(*convolution(blocks[-1].outputs, head, 1), batch_norm(head), nn.SiLU())),
             ("pool", nn.AvgPool2d(8)),
             ("flatten", nn.Flatten()),
             ("embedding", nn.Linear(head, EMBEDDING)),
@@ -873,8 +916,7 @@ def build_network(
     name: str, classes: int = 100, width: float | None = None, depth: float | None = None, stochastic_depth: float = 0.0
 ) -> EfficientNet:
     """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
-    own = NETWORKS[name]
-    network = EfficientNet(classes, width or own.width, depth or own.depth, stochastic_depth)
+    network = EfficientNet(classes, *multipliers(name, width, depth), stochastic_depth)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -1237,6 +1279,9 @@ def replace_file(path: Path, content: bytes, previous: Path | None = None) -> No
         if previous and path.exists():
             os.replace(path, previous)  # from here to the next line there is only the previous one, which is found
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk does not say
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -1455,7 +1500,9 @@ def epochs_done(metadata: dict[str, Any] | None) -> int:
 def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
     """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
 
-    A POSIX lock ends with the process, however that ends, and no child inherits it.
+    A POSIX lock ends with the process, however that ends, and no child inherits it. It also ends when the process
+    closes the file anywhere: `stage_states`, which reads it, is for before and after. Its file names the process and,
+    if that failed, why.
     """
     ckpt.mkdir(parents=True, exist_ok=True)
     path = ckpt / f".{stage.name}.lock"  # not inside the folder, which --restart moves
@@ -1467,17 +1514,54 @@ def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
                 raise
             file.seek(0)
             raise Locked(f"stage {stage.name}: process {file.read().strip() or '?'} trains it in {ckpt}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
+        rewrite(file, f"{os.getpid()} on {platform.node()}")
         for leftover in (ckpt / stage.name).glob(".*.part"):
             leftover.unlink()
-        yield
+        try:
+            yield
+        except (Stopped, typer.Exit):
+            raise
+        except Exception as error:
+            with suppress(OSError):  # on a full disk, say
+                rewrite(file, f"{FAILED}{error}"[:500])
+            raise
+
+
+FAILED = "failed: "
+
+
+def rewrite(file: TextIO, text: str) -> None:
+    """Put `text` in place of all that a file opened for appending holds."""
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def failures(ckpt: Path) -> dict[str, str]:
+    """Return why stages failed, by name, for those whose last run did."""
+    texts = {path.name[1:-5]: path.read_text(errors="replace") for path in sorted(ckpt.glob(".*.lock"))}
+    return {name: text.removeprefix(FAILED) for name, text in texts.items() if text.startswith(FAILED)}
+
+
+def stage_states(kept: dict[Stage, dict[str, Any] | None], ckpt: Path) -> dict[str, str]:
+    """Return the state of each stage: running, done, failed, stopped or waiting."""
+    failed = failures(ckpt)
+
+    def state(stage: Stage, metadata: dict[str, Any] | None) -> str:
+        if is_locked(stage.name, ckpt):
+            return "running"
+        if is_finished(stage, metadata):
+            return "done"
+        return "failed" if stage.name in failed else "stopped" if metadata else "waiting"
+
+    return {stage.name: state(stage, metadata) for stage, metadata in kept.items()}
 
 
 def check_room(folder: Path, network: nn.Module) -> None:
-    """Raise Unwritable unless a stage's files fit on the disk: twice the network and its momentum, and the network."""
+    """Raise Unwritable unless a stage's files can be written and fit on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Unwritable(f"{folder}: this process may not write here")
     size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
     needed, free = 7 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, and best
     if free < needed:
@@ -1663,13 +1747,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Started:
-    """A stage begins, or goes on after `done` epochs."""
+    """A stage begins, or goes on."""
 
     stage: Stage
     facts: dict[str, Any]
     cost: Cost
     teacher: dict[str, Any] | None
-    done: int
+    history: list[dict[str, Any]]  # of the epochs that are done
     notes: list[str]
 
 
@@ -1712,7 +1796,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
     processes, process = accelerator.num_processes, accelerator.process_index
     parts = accelerator.gradient_accumulation_steps
     share = stage.batch_size // (parts * processes)  # images per process and forward pass
-    yield Started(stage, run.facts, run.cost, run.teacher_facts, len(run.history), run.notes)
+    yield Started(stage, run.facts, run.cost, run.teacher_facts, list(run.history), run.notes)
 
     for epoch in range(len(run.history) + 1, stage.epochs + 1):
         start = time.monotonic()
@@ -1839,14 +1923,22 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
 
 
-def open_accelerator(timeout: float = 600) -> Accelerator:
+def open_accelerator(
+    timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None
+) -> Accelerator:
     """Return the accelerator that the launch asked for; raises Misconfigured where it cannot be had.
 
     Without a GPU the processes that a launch configuration asks for train on the CPU. A process that waits for
-    another one longer than `timeout` seconds fails.
+    another one longer than `timeout` seconds fails. A tracker that writes files writes them in `logging_dir`.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.tracking import LoggerType, get_available_trackers
 
+    trackers = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
+    if tracker and tracker not in trackers:
+        raise Misconfigured(f"--log-with {shown(tracker)}: expected one of {', '.join(trackers)}")
+    if tracker and LoggerType(tracker) not in get_available_trackers():
+        raise Misconfigured(f"--log-with {tracker}: its package is missing: pip install {tracker}")
     launched, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count()
     if 0 < gpus < local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
@@ -1855,7 +1947,12 @@ def open_accelerator(timeout: float = 600) -> Accelerator:
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
     ]
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=handlers,
+        log_with=tracker,
+        project_dir=logging_dir,
+    )
     if accelerator.num_processes != launched:
         raise Misconfigured(f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}")
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -1964,9 +2061,10 @@ def load_teacher(
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise Refused(f"{path}: expected finite weights, found nan or infinity: it cannot teach stage {stage.name}")
     facts = {"name": stage.teacher, "file": str(path), "sha256": file_hash(path), **metadata["best"]}
-    if kept and kept["teacher"]["sha256"] != facts["sha256"]:
+    if kept and (began := kept["teacher"]["sha256"]) != facts["sha256"]:
         raise Refused(
-            f"{path}: the teacher has changed since stage {stage.name} began; go on with the old one or --restart"
+            f"{path}: the teacher has changed since stage {stage.name} began: expected SHA-256 {began[:12]}..., found "
+            f"{facts['sha256'][:12]}...; go on with the old one or --restart"
         )
     return network_from(path, tensors, metadata), facts
 
@@ -2197,11 +2295,16 @@ class Plain:
 
 
 class Dashboard(Plain):
-    """The chain, the stage at work and its curve on one screen, redrawn at most four times a second."""
+    """The chain, the stage at work and its curve on one screen, redrawn at most four times a second.
 
-    def __init__(self, console: Console, kept: dict[Stage, dict[str, Any] | None]) -> None:
+    At the end it stays there, or makes room for the next stage's.
+    """
+
+    def __init__(
+        self, console: Console, kept: dict[Stage, dict[str, Any] | None], states: dict[str, str], stays: bool = True
+    ) -> None:
         super().__init__(console)
-        self.kept = kept
+        self.kept, self.states, self.stays = kept, dict(states), stays
         self.history: list[dict[str, Any]] = []
         self.bars: list[RenderableType] = []
 
@@ -2212,8 +2315,10 @@ class Dashboard(Plain):
         self.drawn = -1.0
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.history or self.bars:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if self.bars:
+            ended = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+            self.states[self.stage.name] = ended
             self.live.refresh()
         self.live.stop()
 
@@ -2221,9 +2326,10 @@ class Dashboard(Plain):
         match event:
             case Started():
                 super().__call__(event)
-                self.begun, self.first = time.monotonic(), event.done * event.stage.steps_per_epoch
+                self.begun, self.first = time.monotonic(), len(event.history) * event.stage.steps_per_epoch
                 self.teacher = event.teacher
-                self.history = list((self.kept.get(event.stage) or {"history": []})["history"])
+                self.states[event.stage.name] = "running"
+                self.history = list(event.history)
                 self.drops = rate_drops(event.stage)
             case Stepped() if time.monotonic() - self.drawn >= 0.25:
                 self.bars = self.progress(event)
@@ -2232,7 +2338,7 @@ class Dashboard(Plain):
             case EpochDone():
                 self.history.append(event.record)
             case Finished():
-                self.live.transient = True  # the curve has been seen; `show` draws it again
+                self.live.transient = not self.stays
                 say(self.console, conclusion(self.stage, event))
 
     def progress(self, event: Stepped) -> list[RenderableType]:
@@ -2242,10 +2348,10 @@ class Dashboard(Plain):
         done = (event.epoch - 1) * steps + event.step
         rate = (done - self.first) / (time.monotonic() - self.begun) * stage.batch_size  # evaluations included
         left = (stage.epochs * steps - done) * stage.batch_size
+        others = {other: metadata for other, metadata in self.kept.items() if other.name != stage.name}
         later = left + sum(
-            (other.epochs - epochs_done(metadata)) * other.steps_per_epoch * other.batch_size
-            for other, metadata in self.kept.items()
-            if other.name != stage.name
+            images_left(other, metadata) * step_work(other, self.kept) / step_work(stage, self.kept)
+            for other, metadata in others.items()
         )
         tested = percent(self.history[-1]["test_top1"]) if self.history else "-"
         bars = Table.grid(padding=(0, 1))
@@ -2257,7 +2363,7 @@ class Dashboard(Plain):
                      f"lr {event.lr:.3g}  test top-1 {tested}")  # fmt: skip
         speed = f" {rate:,.0f} images/s, {peak_memory_mb(event.totals.device):,.0f} MiB, {duration(left / rate)} left"
         if later > left:
-            speed += f"; all stages {duration(later / rate)} at this rate"
+            speed += f"; all stages {duration(later / rate)}"
         return [bars, Text(speed)]
 
     def picture(self) -> RenderableType:
@@ -2265,7 +2371,7 @@ class Dashboard(Plain):
         if not self.bars:
             return Text("")
         width, height = self.console.size
-        rows = chain_rows(self.kept, self.stage, self.history)
+        rows = chain_rows(self.kept, self.states, self.stage, self.history)
         room = height - 8  # four lines of the table are no rows, three are bars and speed, one stays free
         most = max(1, min(len(rows), room - 6))
         here = next(i for i, row in enumerate(rows) if row[0] == self.stage.name)
@@ -2280,8 +2386,34 @@ class Dashboard(Plain):
         return Group(*parts)
 
 
-def choose_view(console: Console, kept: dict[Stage, dict[str, Any] | None]) -> Plain:
-    return Dashboard(console, kept) if console.is_interactive and not console.quiet else Plain(console)
+def choose_view(
+    console: Console, kept: dict[Stage, dict[str, Any] | None], states: dict[str, str], stays: bool = True
+) -> Plain:
+    """Return the dashboard where somebody can watch it, a line an epoch everywhere else."""
+    watched = console.is_interactive and not console.quiet and console.file.isatty()  # FORCE_COLOR makes no terminal
+    return Dashboard(console, kept, states, stays) if watched else Plain(console)
+
+
+def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
+    """Return how many images a stage has still to see."""
+    return max(0, stage.epochs - epochs_done(metadata)) * stage.steps_per_epoch * stage.batch_size
+
+
+def step_work(stage: Stage, stages: Collection[Stage]) -> int:
+    """Return what an image costs a training step, in elements that convolutions put out.
+
+    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint.
+    """
+
+    def forward(stage: Stage) -> int:
+        return convolved(*multipliers(stage.network, stage.width, stage.depth))
+
+    if stage.teacher is None:
+        return 3 * forward(stage)
+    teacher = next((other for other in stages if other.name == stage.teacher), None)
+    if teacher is None:
+        teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
+    return 3 * forward(stage) + forward(teacher)
 
 
 def rate_drops(stage: Stage) -> list[int]:
@@ -2290,18 +2422,19 @@ def rate_drops(stage: Stage) -> list[int]:
 
 
 def chain_rows(
-    kept: dict[Stage, dict[str, Any] | None], running: Stage | None = None, history: list[dict[str, Any]] | None = None
+    kept: dict[Stage, dict[str, Any] | None],
+    states: dict[str, str],
+    here: Stage | None = None,
+    history: Collection[dict[str, Any]] = (),
 ) -> list[list[str]]:
     """Write what stages have come to, a row each: name, network, teacher, state, epoch, best, last, time.
 
-    The stage that is running has come further than what it has kept: to `history`.
+    The stage that is trained here has come further than what it has kept: to `history`.
     """
     tops = {stage.name: metadata["best"]["top1"] for stage, metadata in kept.items() if metadata}
     rows = []
     for stage, metadata in kept.items():
-        records = history if stage == running and history is not None else (metadata or {"history": []})["history"]
-        state = "done" if is_finished(stage, metadata) else "stopped" if metadata else "waiting"
-        state = "running" if running and stage.name == running.name else state
+        records = history if stage == here else metadata["history"] if metadata else []
         top1 = tops.get(stage.teacher)
         teacher = stage.teacher or "-"
         figures = ["-", "-", "-"]
@@ -2311,7 +2444,7 @@ def chain_rows(
             figures = [f"{best:.2f}", f"{last:.2f}", duration(seconds)]
         network = stage.network.removeprefix("efficientnet_")
         taught = teacher if top1 is None else f"{teacher} {top1:.2f}"
-        rows.append([stage.name, network, taught, state, f"{len(records)}/{stage.epochs}", *figures])
+        rows.append([stage.name, network, taught, states[stage.name], f"{len(records)}/{stage.epochs}", *figures])
     return rows
 
 
@@ -2373,11 +2506,15 @@ def new_console(**options: Any) -> Console:
 
 def say(console: Console, line: str) -> None:
     """Print a line as it is: not wrapped, no markup, no colours for numbers, no control characters."""
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line)
     try:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     except OSError:  # the disk that holds the log is full, say: what is learned matters more
         console.quiet = True
+
+
+def printable(text: str) -> str:
+    """Return text without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
 
 
 def introduction(event: Started) -> list[str]:
@@ -2397,7 +2534,8 @@ def introduction(event: Started) -> list[str]:
         f"runs on: {facts['device']}, {count(facts['processes'], 'process')}, {facts['precision']}, "
         f"{compiled}{launched}",
     ]
-    return lines + event.notes + [f"goes on after epoch {event.done} of {stage.epochs}"] * (event.done > 0)
+    done = len(event.history)
+    return lines + event.notes + [f"goes on after epoch {done} of {stage.epochs}"] * (done > 0)
 
 
 def epoch_line(stage: Stage, event: EpochDone) -> str:
@@ -2417,6 +2555,14 @@ def conclusion(stage: Stage, event: Finished) -> str:
         f"stage {stage.name} is finished: top-1 {best['test_top1']:.2f} % (best, epoch {best['epoch']}), "
         f"{last['test_top1']:.2f} % (last, epoch {last['epoch']})"
     )
+
+
+def pace(stage: Stage, history: list[dict[str, Any]]) -> str:
+    """Say how fast a stage has come to where its history ends, and when it will be done."""
+    seconds = statistics.median(record["seconds"] for record in history[-5:])
+    left = (stage.epochs - len(history)) * seconds
+    line = f"{history[-1]['images_per_second']:,.0f} images/s, {duration(seconds)} an epoch"
+    return f"{line}, {duration(left)} left" if left > 0 else line
 
 
 def percent(accuracy: float | None) -> str:
@@ -2451,18 +2597,17 @@ def new_table(title: str, names: str, numbers: str) -> Table:
     return table
 
 
-def results_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
-    """Show what stages have kept: their checkpoints' metadata, None for a stage that has not begun."""
+def results_table(kept: dict[Stage, dict[str, Any]]) -> Table:
+    """Show what finished stages have come to, from their checkpoints' metadata."""
     table = new_table(
         "Test accuracy in percent; the best epoch is chosen on the test images",
         "stage, network, teacher",
         "top-1\nbest, top-1\nlast, top-5\nbest, params\n(M), ops\n(M), score, time",
     )
+    table.padding = 0  # it is to fit 80 columns
     for stage, metadata in kept.items():
         network = stage.network.removeprefix("efficientnet_")
-        done = "" if is_finished(stage, metadata) else f" ({progress(stage, metadata)})"
-        numbers = result_cells(metadata) if metadata else []
-        table.add_row(stage.name + done, network, stage.teacher or "-", *numbers)
+        table.add_row(stage.name, network, stage.teacher or "-", *result_cells(metadata))
     return table
 
 
@@ -2479,7 +2624,7 @@ def result_cells(metadata: dict[str, Any]) -> list[str]:
     """Write the figures of a stage."""
     best, last, cost = metadata["best"], metadata["last"], metadata["cost"]
     accuracies = [f"{value:.2f}" for value in (best["top1"], last["top1"], best["top5"])]
-    costs = [f"{cost['params'] / 1e6:.3f}", f"{cost['ops'] / 1e6:.1f}", f"{cost['score']:.4f}"]
+    costs = [f"{cost['params'] / 1e6:.3f}", f"{cost['ops'] / 1e6:,.0f}", f"{cost['score']:.4f}"]
     return [*accuracies, *costs, duration(metadata["seconds"])]
 
 
@@ -2611,14 +2756,6 @@ def accuracy_table(results: list[dict[str, Any]]) -> Table:
 
 # ---------------------------------------------------------------------------------------------------------- Commands
 # Parse, call, render. Before the commands stands what they share: stopping, and launching the stages of a chain.
-
-
-class Stopped(Failure):
-    """A signal, or the end of the process that started this one, has stopped a run between two steps."""
-
-    def __init__(self, message: str, signum: int | None) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + (signum or signal.SIGTERM)
 
 
 class StopRequest:
@@ -2781,6 +2918,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # half the time of --help
 )
 
 StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the stages.")]
@@ -2790,6 +2928,9 @@ ConfigFile = Annotated[Path, typer.Option("--config-file", help="Launch configur
 Rules = Literal["seed", "official", "both"]
 Timeout = Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a process waits for another one.")]
 Precision = Literal["fp32", "bf16", "fp16"]
+LogWith = Annotated[
+    str | None, typer.Option("--log-with", help="Send each epoch's figures to tensorboard, wandb, ..., too.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -2844,6 +2985,7 @@ def run_stage(
     seed: Seed = None,
     restart: Annotated[bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")] = False,
     timeout: Timeout = 600,
+    log_with: LogWith = None,
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
     among: Annotated[
         list[str] | None, typer.Option("--among", hidden=True, help="Stages to show; the chain's.")
@@ -2856,15 +2998,16 @@ def run_stage(
     every = load_stages(stages)
     todo = [with_seed(other, seed) for other in with_teachers(every, [*(among or []), name])]
     stage = next(other for other in todo if other.name == name)
-    accelerator = open_accelerator(timeout)
+    accelerator = open_accelerator(timeout, log_with, ckpt)
     console = new_console(quiet=not accelerator.is_main_process)
+    kept = {other: metadata_if_sound(other, ckpt) for other in todo}
+    view = choose_view(console, kept, stage_states(kept, ckpt), stays=among is None)
     with locked(stage, ckpt) if accelerator.is_main_process else nullcontext():
         if restart:
             start_anew(ckpt / name, accelerator, console)
         if is_finished(stage, kept_metadata(stage, ckpt)):
             say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
             return
-        view = choose_view(console, {other: metadata_if_sound(other, ckpt) for other in todo})
         train_and_keep(stage, data, ckpt, accelerator, view, lifeline)
     accelerator.end_training()
 
@@ -2875,9 +3018,11 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
         run = open_run(stage, data, ckpt, accelerator)
         if accelerator.is_main_process:
             check_room(ckpt / stage.name, run.student)
+        accelerator.init_trackers(stage.name)
         for event in stoppable(stage, run, stop):
             if isinstance(event, EpochDone) and accelerator.is_main_process:
                 save_epoch(ckpt / stage.name, stage, run)
+                accelerator.log(event.record, step=event.record["epoch"])
             view(event)
 
 
@@ -2890,6 +3035,7 @@ def chain(
     config_file: ConfigFile = Path("accelerate_config.yaml"),
     seed: Seed = None,
     timeout: Timeout = 600,
+    log_with: LogWith = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
     """Train stages, teachers first. Finished ones are skipped, interrupted ones go on.
@@ -2905,22 +3051,28 @@ def chain(
         return
     options = ["--stages", str(stages), "--data", str(data), "--ckpt", str(ckpt), "--timeout", str(timeout)]
     options += [] if seed is None else ["--seed", str(seed)]
+    options += ["--log-with", log_with] if log_with else []
     options += [word for stage in todo for word in ("--among", stage.name)]
     left = [stage for stage in todo if not is_finished(stage, kept[stage])]
     launch = plan_launch(config_file, console) if left else None
-    for stage in left:
-        launch_stage(launch, stage, options, ckpt)
-    console.print(results_table({stage: kept_metadata(stage, ckpt) for stage in todo}))
+    try:
+        for stage in left:
+            launch_stage(launch, stage, options, ckpt)
+    finally:
+        kept = {stage: metadata_if_sound(stage, ckpt) for stage in todo}
+        states = stage_states(kept, ckpt)
+        ended = all(state == "done" for state in states.values())
+        console.print(results_table(kept) if ended else chain_table(chain_rows(kept, states)))
 
 
 @command("show", computes=False)
 def show(
     ckpt: CkptFolder = Path("ckpt"),
-    follow: Annotated[bool, typer.Option("--follow", help="Redraw every second until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep it up to date until Ctrl-C.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the picture to this file, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the chain's table and curves from what is kept, also while it trains in another terminal.
+    """Show the table and curves of what is kept. Also while a chain trains in another terminal.
 
     Example: micronet.py show --svg chain.svg
     """
@@ -2943,37 +3095,42 @@ def show(
 def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: int | None = None) -> RenderableType:
     """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
     kept = kept_stages(ckpt)
-    if not kept:
-        return Text("no stage has finished an epoch here")
-    rows = chain_rows(kept)
-    for row in rows:
-        row[3] = "running" if is_locked(row[0], ckpt) else row[3]
-    parts: list[RenderableType] = [chain_table(rows)]
-    drawn = list(kept.items())
+    states, drawn = stage_states(kept, ckpt), list(kept.items())
+    table = chain_table(chain_rows(kept, states)) if kept else Text("no stage has finished an epoch here")
+    parts: list[RenderableType] = [table]
+    parts += [Text(printable(f" {name} failed: {reason}")) for name, reason in failures(ckpt).items()]
     if room is not None:
-        working = [(stage, metadata) for (stage, metadata), row in zip(drawn, rows) if row[3] == "running"]
-        drawn, tall = (working or drawn)[-1:], min(tall, room - len(rows) - 7)
+        working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
+        drawn, tall = (working or drawn)[-1:], min(tall, room - len(kept) - len(parts) - 6)
     for stage, metadata in drawn if tall >= 6 else []:
         teacher = metadata["teacher"] and metadata["teacher"]["top1"]
         lines = curve(metadata["history"], stage.epochs, teacher, rate_drops(stage), width, tall, ascii_only)
-        parts += [Text(line, no_wrap=True) for line in ["", f" {stage.name}", *lines]]
+        title = f" {stage.name}: {pace(stage, metadata['history'])}"
+        parts += [Text(line, no_wrap=True) for line in ["", title, *lines]]
     return Group(*parts)
 
 
 def stages_as_json(ckpt: Path) -> list[dict[str, Any]]:
     """Return what stages have come to, with every epoch's figures."""
-    names = ("stage", "network", "teacher", "state", "epoch", "epochs", "best", "last", "seconds", "history")
-    results = []
-    for (stage, metadata), row in zip((kept := kept_stages(ckpt)).items(), chain_rows(kept)):
-        state = "running" if is_locked(stage.name, ckpt) else row[3]
-        figures = (metadata["best"], metadata["last"], metadata["seconds"], metadata["history"])
-        values = (stage.name, stage.network, stage.teacher, state, epochs_done(metadata), stage.epochs, *figures)
-        results.append(dict(zip(names, values)))
-    return results
+    kept = kept_stages(ckpt)
+    states, failed = stage_states(kept, ckpt), failures(ckpt)
+    return [
+        {
+            "stage": stage.name,
+            "network": stage.network,
+            "teacher": stage.teacher,
+            "state": states[stage.name],
+            "failure": failed.get(stage.name),
+            "epoch": epochs_done(metadata),
+            "epochs": stage.epochs,
+            **{name: metadata[name] for name in ("best", "last", "seconds", "history")},
+        }
+        for stage, metadata in kept.items()
+    ]
 
 
 def follow_stages(ckpt: Path, console: Console) -> None:
-    """Redraw what is kept every second until a signal, which is how it is meant to end."""
+    """Redraw what is kept until a signal, which is how it is meant to end."""
     if not console.is_interactive:
         raise Misconfigured("--follow: standard output is no terminal: expected one, or show without --follow")
 
@@ -2998,7 +3155,7 @@ def bench(
     as_json: AsJson = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show the operations that take longest, too.")] = False,
 ) -> None:
-    """Measure how fast stages train on this machine, launched as `chain` does, and what is left would take.
+    """Measure how fast stages train on this machine. They are launched as `chain` does; what is left is estimated.
 
     Example: micronet.py bench b3 ex --steps 20
     """
@@ -3007,8 +3164,9 @@ def bench(
     launch = plan_launch(config_file, Console(stderr=True))
     options = ["--stages", str(stages), "--steps", str(steps), *(["--profile"] if profile else [])]
     options += ["--data", str(data)] if data else []
-    results = [launch_bench(launch, stage, options) | rest_of(stage, ckpt) for stage in todo]
-    for result in results:
+    results = [launch_bench(launch, stage, options) for stage in todo]
+    for stage, result in zip(todo, results):
+        result["images_left"] = images_left(stage, kept_metadata(stage, ckpt))
         result["seconds_left"] = result["images_left"] / result["images_per_second"]
     render(results, speed_table, as_json)
     for result in results if profile and not as_json else []:
@@ -3057,12 +3215,6 @@ def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, 
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def rest_of(stage: Stage, ckpt: Path) -> dict[str, Any]:
-    """Return how many images a stage has still to see."""
-    epochs = stage.epochs - epochs_done(kept_metadata(stage, ckpt))
-    return {"images_left": max(0, epochs) * stage.steps_per_epoch * stage.batch_size}
-
-
 @command("evaluate", computes=True)
 def evaluate_checkpoints(
     checkpoints: Annotated[list[Path], typer.Argument(help="Files such as ckpt/ex/best.safetensors.")],
@@ -3070,7 +3222,7 @@ def evaluate_checkpoints(
     precision: Annotated[Precision, typer.Option(help="Of the network's arithmetic.")] = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Test checkpoints on the test images that their stages tested on.
+    """Test checkpoints on the test images of their stages.
 
     Example: micronet.py evaluate ckpt/ex/best.safetensors ckpt/exx/best.safetensors
     """
@@ -3086,7 +3238,7 @@ def score_networks(
     board: Annotated[bool, typer.Option("--board", help="Show the challenge's entries, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count the parameters and operations of networks and checkpoints, and their MicroNet score.
+    """Count parameters, operations and MicroNet score. Of networks by name, and of checkpoints.
 
     Example: micronet.py score efficientnet_ex ckpt/exx/best.safetensors --rules official --board
     """
@@ -3108,7 +3260,7 @@ def export(
     data: DataFolder = Path("data"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a network as it ships: batch norm and classifier folded, 16-bit weights; and check what was written.
+    """Write a network as it ships, and check what was written. Batch norm and classifier are folded, weights 16-bit.
 
     Example: micronet.py export ckpt/ex/best.safetensors ex.onnx
     """
@@ -3121,7 +3273,7 @@ def import_published(
     network: Annotated[str, typer.Option("--network", help="What it is a checkpoint of, such as efficientnet_ex.")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write (.safetensors).")],
 ) -> None:
-    """Turn a checkpoint of the method's authors into one of this program. Nothing in the file is executed.
+    """Take a checkpoint that the method's authors published. Nothing in the file is executed.
 
     Example: micronet.py import ex.pytar --network efficientnet_ex --out ckpt/published/ex.safetensors
     """

@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, that they explain themselves, and that nothing damaged is taken for whole."""
 
+import errno
 import hashlib
 import json
 import os
@@ -103,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     micronet.replace_file(path, b"old")
 
     def full(descriptor: int) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WIDE, invoke, program, reset_accelerate
+from conftest import ROOT, TINY, WIDE, invoke, program, reset_accelerate
 from test_training import same_training
 
 from micronet import read_metadata
@@ -162,6 +163,95 @@ def test_two_processes_survive_the_loss_of_one(write: Callable[..., Path], tmp_p
     # The same images and rates as one process, and nearly the same loss: batch norm sees half the batch.
     for ours, theirs in zip(about["history"], read_metadata(one)["history"]):
         assert ours["lr"] == theirs["lr"] and ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+
+
+# When to stop: seconds after the start, or a stage and how many of its epochs are kept.
+MOMENTS = [0.5, 2, 4, 6, ("first", 1), ("first", 6), ("second", 1)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("processes", "moment"),
+    [(2, ("second", 1)), *(pytest.param(n, moment, marks=pytest.mark.long) for n in (1, 2) for moment in MOMENTS)],
+)
+def test_a_chain_stops_when_told_to(
+    signum: int, processes: int, moment: object, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As a terminal does it: the signal goes to the whole group. Within seconds all processes are gone."""
+    stages = write(CHAIN.replace("epochs = 6", "epochs = 60").replace("[6, 0.002]", "[60, 0.002]"))
+    if moment == ("first", 6):  # between two stages
+        stages = write(CHAIN)
+    chain = Chain(tmp_path, stages, *([write(TWO_PROCESSES, "two.yaml")] if processes == 2 else []))
+    if isinstance(moment, tuple) and moment[0] == "second":
+        one = ["run-stage", "first", "--stages", write(CHAIN, "one.toml"), "--ckpt", chain.ckpt]
+        assert invoke(*one).exit_code == 0
+        chain.command[chain.command.index(str(stages))] = str(write(CHAIN.replace(
+            '[stage.second]', '[stage.second]\nepochs = 60\nlr = [[60, 0.02]]')))
+    running = chain.start()
+    if isinstance(moment, tuple):
+        chain.wait_for_epoch(*moment)
+    else:
+        time.sleep(moment)
+    os.killpg(running.pid, signum)
+    begun = time.monotonic()
+    output, _ = running.communicate(timeout=60)
+    seconds = time.monotonic() - begun
+    chain.wait_for_end(0)
+    assert running.returncode == 128 + signum or moment in (0.5, 2) and running.returncode == -signum
+    assert "Traceback" not in output and seconds < 20
+    print(f"{processes} processes, {moment}: {seconds:.1f} s")
+    if isinstance(moment, tuple) and moment != ("first", 6):
+        stage, _ = moment
+        kept = chain.epochs(stage)
+        assert output.endswith(f"stage {stage} keeps {kept} of 60 epochs; the same command goes on from there\n")
+        assert f"{kept}/60" in output and "stopped" in output  # the table
+
+
+@pytest.mark.parametrize("victim", ["chain", "launcher"])
+def test_no_process_outlives_who_started_it(victim: str, write: Callable[..., Path], tmp_path: Path) -> None:
+    stages = write(CHAIN.replace("epochs = 6", "epochs = 900").replace("[6, 0.002]", "[900, 0.002]"))
+    chain = Chain(tmp_path, stages, write(TWO_PROCESSES, "two.yaml"))
+    running = chain.start()
+    chain.wait_for_epoch("first", 1)
+    launcher = running.pid
+    if victim == "launcher":
+        launcher = int(Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()[0])
+        assert "accelerate" in Path(f"/proc/{launcher}/cmdline").read_text()
+    os.kill(launcher, signal.SIGKILL)
+    output, _ = running.communicate(timeout=30)
+    chain.wait_for_end(15)
+    kept = chain.epochs("first")
+    assert read_metadata(chain.ckpt / "first" / "last.safetensors")["last"]["epoch"] == kept < 900
+    assert victim == "chain" or f"stage first keeps {kept} of 900 epochs" in output
+
+
+def test_figures_go_to_a_tracker(write: Callable[..., Path], tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    options = ["--stages", write(TINY), "--ckpt", tmp_path, "--log-with", "tensorboard"]
+    assert invoke("run-stage", "first", *options).exit_code == 0
+    (file,) = (tmp_path / "first").glob("events.out.tfevents.*")
+    content, logged = file.read_bytes(), {}
+    while content:  # records: length, its checksum, an event, its checksum
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        logged |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        content = content[16 + length :]
+    history = read_metadata(tmp_path / "first" / "last.safetensors")["history"]
+    assert len(history) == 3
+    for record in history:
+        for name, value in record.items():
+            assert logged[record["epoch"], name] == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("tracker", "message"), [
+    ("wandb", "--log-with wandb: its package is missing: pip install wandb"),
+    ("abacus", '--log-with "abacus": expected one of aim, tensorboard, wandb, '),
+])  # fmt: skip
+def test_a_tracker_that_is_not_there(tracker: str, message: str, write: Callable[..., Path], tmp_path: Path) -> None:
+    result = invoke("run-stage", "first", "--stages", write(TINY), "--ckpt", tmp_path, "--log-with", tracker)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1) and result.stderr.startswith(f"error: {message}")
+    assert not (tmp_path / "first").exists()
 
 
 def test_sigterm_to_a_single_stage(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Nothing that was reported saved is lost, and no file is trusted: real processes, real signals, hostile input."""
 
+import ctypes
 import json
 import os
 import random
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, WIDE, invoke, program
+from conftest import ROOT, TINY, WIDE, invoke, program, reset_accelerate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -87,6 +89,51 @@ def kill_until_done(command: list[object], log: Path, kills: int, most: float, s
         assert kept >= reported, f"epoch {reported} was reported, {kept} are kept"
         if running.returncode == 0:
             return killed
+
+
+THREE = CHAIN + """
+[stage.third]
+network = "efficientnet_exx"
+teacher = "second"
+"""
+
+
+@pytest.mark.parametrize("kills", [pytest.param(40, marks=pytest.mark.long)])
+def test_a_killed_chain_ends_with_the_same_bits(kills: int, write: Callable[..., Path], tmp_path: Path) -> None:
+    """Three stages, killed anywhere, between them too: the chain alone, its launcher, its trainer or all of them."""
+    names, stages, killed, rounds = ("first", "second", "third"), write(THREE), 0, 0
+    undisturbed, moments = tmp_path / "undisturbed", random.Random(0)
+    for name in names:
+        assert invoke("run-stage", name, "--stages", stages, "--ckpt", undisturbed).exit_code == 0
+        reset_accelerate()
+    while killed < kills:
+        chain, finished = Chain(tmp_path / str(rounds), stages), {}
+        while True:
+            running = chain.start()
+            try:
+                running.wait(moments.uniform(0, 25) if killed < kills else 300)
+            except subprocess.TimeoutExpired:
+                family = sorted(chain.processes()) or [running.pid]
+                for process in moments.choice([family, family[:1], family[1:2] or family, family[-1:]]):
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+                killed += 1
+            output = running.communicate(timeout=60)[0]
+            chain.wait_for_end(30)
+            assert not any(f"stage {name}: efficientnet" in output for name in finished), "a finished stage ran again"
+            states = {name: chain.ckpt / name / "last.safetensors" for name in names}
+            for name, state in states.items():
+                if state.exists() and read_metadata(state)["last"]["epoch"] == 6:
+                    assert finished.setdefault(name, state.read_bytes()) == state.read_bytes()
+                for line in output.splitlines():
+                    if line.startswith(f"{name}  epoch "):
+                        assert chain.epochs(name) >= int(line.split()[2].split("/")[0])
+            if running.returncode == 0:
+                break
+        assert all(same_as(chain.ckpt, undisturbed, name) for name in names)
+        assert not list(chain.ckpt.glob("*/.*.part"))
+        rounds += 1
+    print(f"{killed} kills in {rounds} chains")
 
 
 def newest(log: Path) -> Path | None:
@@ -205,6 +252,21 @@ def test_a_folder_that_cannot_be_written(write: Callable[..., Path], tmp_path: P
     assert (result.exit_code, result.output.count("\n")) == (5, 1) and "Not a directory" in result.stderr
 
 
+def test_a_folder_that_may_not_be_written_is_found_before_training(half: Path, undisturbed: Path) -> None:
+    """The stage's folder without write bits, and root without the right to ignore that."""
+    folder = half / "first"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.chmod(0o555)
+    no_override = lambda: ctypes.CDLL(None).prctl(24, 1)  # noqa: E731  PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+    options = ["--stages", half / "stages.toml", "--ckpt", half]
+    result = program("run-stage", "first", *options, preexec_fn=no_override)
+    folder.chmod(0o755)
+    assert (result.returncode, result.stderr) == (5, f"error: {folder}: this process may not write here\n")
+    assert "epoch 4/6" not in result.stdout
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert train(half).exit_code == 0 and same_as(half, undisturbed)
+
+
 def test_one_stage_has_one_trainer(half: Path, undisturbed: Path) -> None:
     options = ["run-stage", "first", "--stages", half / "stages.toml", "--ckpt", half]
     command = [sys.executable, ROOT / "micronet.py", *options]
@@ -311,6 +373,30 @@ def test_random_damage_never_loads(undisturbed: Path, tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
+def test_no_pickle_is_written_or_read(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Training, resuming, testing and exporting in a process that ends at the first pickle."""
+    code = """
+import pickle, sys
+import torch, micronet
+def forbidden(*_, **__):
+    raise SystemExit("a pickle")
+for module in (pickle, torch):
+    for name in ("load", "loads", "dump", "dumps", "save"):
+        if hasattr(module, name):
+            setattr(module, name, forbidden)
+for words in sys.stdin.read().splitlines():
+    micronet.app(words.split(), standalone_mode=False)
+    from accelerate.state import AcceleratorState, GradientState
+    AcceleratorState._reset_state(True); GradientState._reset_state()
+"""
+    stages = write()
+    three = [f"run-stage first --stages {stages} --ckpt {tmp_path}", f"run-stage second --stages {stages} --ckpt {tmp_path}",
+             f"evaluate {tmp_path}/second/best.safetensors", f"export {tmp_path}/second/best.safetensors {tmp_path}/x.safetensors"]  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], input="\n".join(three), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "x.safetensors").exists() and "Test accuracy" in result.stdout
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("pipe.safetensors", "pipe.toml"):
         os.mkfifo(tmp_path / name)
@@ -325,6 +411,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("scale", "a network of 10 classes at scale 7.0: stage second expects 10 classes at scale 5.0"),
+        ("classes", "a network of 100 classes at scale 5.0: stage second expects 10 classes at scale 5.0"),
         ("nan", "expected finite weights, found nan or infinity"),
         ("network", "is missing"),
     ],
@@ -337,6 +424,8 @@ def test_a_wrong_teacher_is_refused(change: str, message: str, undisturbed: Path
     match change:
         case "scale":
             metadata["stage"]["scale"] = 7.0
+        case "classes":
+            metadata["stage"]["dataset"] = "cifar100"
         case "nan":
             tensors["cosine.kernel"][3, 3] = float("nan")
         case "network":
@@ -372,7 +461,7 @@ def test_a_changed_environment_is_announced(half: Path) -> None:
     assert f"changed since epoch 3: torch was 2.11.0 and is {torch.__version__}\n" in result.output
 
 
-@pytest.mark.parametrize("where", ["weight", "buffer", "loss"])
+@pytest.mark.parametrize("where", ["weight", "buffer", "loss", "gradient"])
 def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (half / "first" / "last.safetensors").read_bytes()
     real, step = micronet.margin_loss, 0
@@ -381,11 +470,13 @@ def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkey
         nonlocal step
         step += 1
         loss = real(cosines, *rest)
+        if where == "gradient" and step == 16:  # the first step of epoch 5
+            cosines.register_hook(lambda gradient: gradient * float("nan"))
         return loss * float("inf") if where == "loss" and step == 17 else loss  # the second step of epoch 5
 
     def evaluate(network: torch.nn.Module, *rest: object) -> torch.Tensor:
         totals = measured(network, *rest)
-        if where != "loss":
+        if where in ("weight", "buffer"):
             name = {"weight": "stem.0.weight", "buffer": "stem.1.running_var"}[where]
             network.state_dict()[name][0] = float("nan")
         return totals
@@ -394,12 +485,12 @@ def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkey
     monkeypatch.setattr(micronet, "margin_loss", margin_loss)
     monkeypatch.setattr(micronet, "evaluate", evaluate)
     result = train(half)
-    epoch, step_at = (5, 2) if where == "loss" else (4, 15)
+    epoch = 4 if where in ("weight", "buffer") else 5
     assert result.exit_code == 4 and f"stage first: nan or infinity in epoch {epoch}, step " in result.stderr
-    assert where == "loss" or (half / "first" / "last.safetensors").read_bytes() == before
+    assert epoch == 5 or (half / "first" / "last.safetensors").read_bytes() == before
     assert read_metadata(half / "first" / "last.safetensors")["last"]["epoch"] == epoch - 1
-    if where == "loss":
-        assert f"epoch {epoch}, step {step_at} of " in result.stderr
+    if epoch == 5:  # a gradient shows in the next step's loss
+        assert "epoch 5, step 2 of 15" in result.stderr
 
 
 def test_a_stopped_process_ends_the_other(write: Callable[..., Path], tmp_path: Path) -> None:
