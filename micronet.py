@@ -1284,11 +1284,16 @@ def replace_file(path: Path, content: bytes, previous: Path | None = None) -> No
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, which a power cut may otherwise undo."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)  # else a power cut may bring the old name back
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -1562,6 +1567,7 @@ def check_room(folder: Path, network: nn.Module) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Unwritable(f"{folder}: this process may not write here")
+    sync_folder(folder.parent)
     size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
     needed, free = 7 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, and best
     if free < needed:
@@ -1923,9 +1929,7 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
 
 
-def open_accelerator(
-    timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None
-) -> Accelerator:
+def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None) -> Accelerator:
     """Return the accelerator that the launch asked for; raises Misconfigured where it cannot be had.
 
     Without a GPU the processes that a launch configuration asks for train on the CPU. A process that waits for
@@ -1948,10 +1952,7 @@ def open_accelerator(
         InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
     ]
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=handlers,
-        log_with=tracker,
-        project_dir=logging_dir,
+        cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers, log_with=tracker, project_dir=logging_dir
     )
     if accelerator.num_processes != launched:
         raise Misconfigured(f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}")
@@ -2490,8 +2491,19 @@ def curve(
     return [*lines, f"{'':5} {corner}{flat * columns}", f"{'':7}{below}"]
 
 
+def as_svg(picture: RenderableType, title: str) -> str:
+    """Return what a terminal of 100 columns shows of a picture, as SVG."""
+    paper = Screen(record=True, width=100, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    paper.print(picture)
+    return paper.export_svg(title=title)
+
+
 class Screen(Console):
-    """A console that nobody may be reading: a pipe that was closed must not end a run."""
+    """A console that takes text as it is, and that nobody may be reading: a closed pipe must not end a run."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # names and paths may hold what looks like markup, and characters that a terminal would obey
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -2505,16 +2517,16 @@ def new_console(**options: Any) -> Console:
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: not wrapped, no markup, no colours for numbers, no control characters."""
+    """Print a line as it is: not wrapped, no colours for numbers."""
     try:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        console.print(line.replace("\n", "?"), highlight=False, soft_wrap=True)
     except OSError:  # the disk that holds the log is full, say: what is learned matters more
         console.quiet = True
 
 
 def printable(text: str) -> str:
-    """Return text without control characters, which a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
+    """Return text without control characters but the line feed."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def introduction(event: Started) -> list[str]:
@@ -2958,7 +2970,7 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                 )
                 code = f" {failure.exit_code}" if options.get("lifeline") else ""  # for `launch_stage`
                 prefix = "" if isinstance(failure, Stopped) else f"error{code}: "
-                say(Console(stderr=True), prefix + " ".join(str(failure).split()))
+                say(Screen(stderr=True), prefix + " ".join(str(failure).split()))
                 raise typer.Exit(failure.exit_code) from None
             getattr(importlib.import_module("micronet"), function.__name__)(**options)
 
@@ -3087,9 +3099,7 @@ def show(
     else:
         console.print(stages_picture(ckpt, min(console.width, 120), 12, console.options.ascii_only))
     if svg:
-        paper = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, legacy_windows=False)
-        paper.print(stages_picture(ckpt, 100, 12, False))
-        replace_file(svg, paper.export_svg(title="micronet show").encode())
+        replace_file(svg, as_svg(stages_picture(ckpt, 100, 12, False), "micronet show").encode())
 
 
 def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: int | None = None) -> RenderableType:
@@ -3161,7 +3171,7 @@ def bench(
     """
     every = load_stages(stages)
     todo = [find_stage(every, name) for name in names or every]
-    launch = plan_launch(config_file, Console(stderr=True))
+    launch = plan_launch(config_file, Screen(stderr=True))
     options = ["--stages", str(stages), "--steps", str(steps), *(["--profile"] if profile else [])]
     options += ["--data", str(data)] if data else []
     results = [launch_bench(launch, stage, options) for stage in todo]

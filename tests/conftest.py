@@ -21,7 +21,7 @@ ROOT = Path(micronet.__file__).parent
 TINY = """
 [defaults]
 dataset = "synthetic"
-train_images = 60
+train_images = 40
 test_images = 50
 batch_size = 20
 epochs = 3

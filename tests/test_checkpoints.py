@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import invoke
+from conftest import TINY, invoke
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -97,6 +97,28 @@ def test_the_same_content_is_the_same_file(folder: Path, tmp_path: Path) -> None
         micronet.save_checkpoint(tmp_path / name, dict(reversed(tensors.items())), dict(reversed(about.items())))
     original = (folder / "ckpt" / "first" / "best.safetensors").read_bytes()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == original
+
+
+def test_saved_means_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File, then its name, then the folder that holds the name: in this order, and the old file is kept aside."""
+    path, previous, calls = tmp_path / "last", tmp_path / "previous", []
+    micronet.replace_file(path, b"old")
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").resolve()))
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        calls.append(("replace", source, target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    micronet.replace_file(path, b"new", previous)
+    (_, temporary), *rest = calls
+    assert rest == [("replace", path, previous), ("replace", temporary, path), ("fsync", tmp_path)]
+    assert (path.read_bytes(), previous.read_bytes(), len(list(tmp_path.iterdir()))) == (b"new", b"old", 2)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +228,25 @@ def test_score_of_a_checkpoint_adds_its_accuracy(folder: Path) -> None:
     (result,) = json.loads(invoke("score", path, "--rules", "seed", "--json").stdout)
     assert result["top1"] == read_metadata(path)["last"]["top1"]
     assert result["params"] == read_metadata(path)["cost"]["params"]
+
+
+def test_a_name_is_shown_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """What looks like markup stays, and what a terminal would obey does not reach it."""
+    strange = tmp_path / "[/red]" / "[red]:smile:\x1b[31m.safetensors"
+    strange.parent.mkdir(parents=True)
+    strange.write_bytes((folder / "ckpt" / "first" / "best.safetensors").read_bytes())
+    words = {"evaluate": [strange], "score": [strange], "export": [strange, strange.with_name("[bold].safetensors")]}
+    for command, arguments in words.items():
+        result = invoke(command, *arguments)
+        shown = "".join(result.output.split())
+        name = "[bold]" if command == "export" else "[red]:smile:?[31m"
+        assert result.exit_code == 0 and f"[/red]/{name}.safetensors" in shown and "\x1b" not in result.output
+    (tmp_path / "stages.toml").write_text(TINY.replace('teacher = "first"', f"teacher = {json.dumps(str(strange))}"))
+    options = ["--stages", tmp_path / "stages.toml", "--ckpt", tmp_path / "ckpt"]
+    for command in (
+        ["run-stage", "second", *options],
+        ["chain", *options, "second", "--dry-run"],
+        ["show", *options[2:]],
+    ):
+        result = invoke(*command)
+        assert result.exit_code == 0 and "[red]:smile:?[31m" in result.output and "\x1b" not in result.output

@@ -45,7 +45,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in WIDE.items() if k != "OMP_NUM_THREADS"} | {"VIRTUAL_ENV": sys.prefix}  # for uv
+    environment = WIDE | {"VIRTUAL_ENV": sys.prefix}  # for uv
     return subprocess.run(
         arguments(command),
         cwd=folder,

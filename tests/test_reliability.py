@@ -35,13 +35,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stages.toml").write_text(CHAIN)
     for stage in ("first", "second"):
         assert invoke("run-stage", stage, "--stages", folder / "stages.toml", "--ckpt", folder).exit_code == 0
+        reset_accelerate()
     return folder
 
 
-@pytest.fixture
-def half(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def stopped(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first stage, stopped after three of six epochs."""
-    shutil.copy(undisturbed / "stages.toml", tmp_path)
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copy(undisturbed / "stages.toml", folder)
     real = micronet.save_epoch
 
     def save_and_stop(folder: Path, stage: micronet.Stage, run: micronet.Run) -> None:
@@ -49,9 +51,17 @@ def half(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if len(run.history) == 3:
             raise micronet.Stopped("enough", signal.SIGTERM)
 
-    monkeypatch.setattr(micronet, "save_epoch", save_and_stop)
-    assert train(tmp_path).exit_code == 143
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micronet, "save_epoch", save_and_stop)
+        assert train(folder).exit_code == 143
+    reset_accelerate()
+    return folder
+
+
+@pytest.fixture
+def half(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped stage."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -91,11 +101,14 @@ def kill_until_done(command: list[object], log: Path, kills: int, most: float, s
             return killed
 
 
-THREE = CHAIN + """
+THREE = (
+    CHAIN
+    + """
 [stage.third]
 network = "efficientnet_exx"
 teacher = "second"
 """
+)
 
 
 @pytest.mark.parametrize("kills", [pytest.param(40, marks=pytest.mark.long)])
@@ -298,6 +311,12 @@ def crafted(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
+def twice(content: bytes, entry: bytes) -> bytes:
+    """Put an entry that stands in the header, which would win, before all others as well."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return crafted(content[8:9] + entry + content[9 : 8 + length], content[8 + length :])
+
+
 def hostile(sound: Path) -> dict[str, bytes]:
     tensors, metadata = load_checkpoint(sound)
     explained = json.dumps({"micronet": json.dumps(metadata)})
@@ -314,7 +333,7 @@ def hostile(sound: Path) -> dict[str, bytes]:
         "no JSON": crafted(b"{" * 1000),
         "deep JSON": crafted(b"[" * 100_000),
         "a list": crafted(b"[]"),
-        "a name twice": crafted(b"{" + about + b"," + one + b"," + one + b"}", b"abcd"),
+        "a name twice": twice(content, b'"cosine.kernel":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'),
         "metadata twice": crafted(b"{" + about + b"," + about + b"," + one + b"}", b"abcd"),
         "a huge shape": crafted(
             b"{" + about + b',"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', b"abcd"
@@ -337,10 +356,10 @@ def hostile(sound: Path) -> dict[str, bytes]:
 def test_a_hostile_checkpoint_is_refused_at_once(kind: str, undisturbed: Path, tmp_path: Path) -> None:
     path = tmp_path / "evil.safetensors"
     path.write_bytes(hostile(undisturbed / "first" / "best.safetensors")[kind])
-    start = time.monotonic()
+    start = time.process_time()
     result = invoke("evaluate", path)
     assert (result.exit_code, result.output.count("\n")) == (3, 1), result.output
-    assert result.stderr.startswith(f"error: {path}: ") and time.monotonic() - start < 1
+    assert result.stderr.startswith(f"error: {path}: ") and time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "type"])
@@ -392,7 +411,9 @@ for words in sys.stdin.read().splitlines():
     stages = write()
     three = [f"run-stage first --stages {stages} --ckpt {tmp_path}", f"run-stage second --stages {stages} --ckpt {tmp_path}",
              f"evaluate {tmp_path}/second/best.safetensors", f"export {tmp_path}/second/best.safetensors {tmp_path}/x.safetensors"]  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code], input="\n".join(three), cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(three), cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "x.safetensors").exists() and "Test accuracy" in result.stdout
 
@@ -470,9 +491,9 @@ def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkey
         nonlocal step
         step += 1
         loss = real(cosines, *rest)
-        if where == "gradient" and step == 16:  # the first step of epoch 5
+        if where == "gradient" and step == 7:  # the first step of epoch 5
             cosines.register_hook(lambda gradient: gradient * float("nan"))
-        return loss * float("inf") if where == "loss" and step == 17 else loss  # the second step of epoch 5
+        return loss * float("inf") if where == "loss" and step == 8 else loss  # the second step of epoch 5
 
     def evaluate(network: torch.nn.Module, *rest: object) -> torch.Tensor:
         totals = measured(network, *rest)
@@ -490,7 +511,7 @@ def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkey
     assert epoch == 5 or (half / "first" / "last.safetensors").read_bytes() == before
     assert read_metadata(half / "first" / "last.safetensors")["last"]["epoch"] == epoch - 1
     if epoch == 5:  # a gradient shows in the next step's loss
-        assert "epoch 5, step 2 of 15" in result.stderr
+        assert "epoch 5, step 2 of 6" in result.stderr
 
 
 def test_a_stopped_process_ends_the_other(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -541,7 +562,7 @@ def test_damaged_images_are_named(
 
 
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=300).map(lambda text: text.encode())))
-@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_stages_or_one_line(tmp_path: Path, content: bytes) -> None:
     check_stages(tmp_path / "any.toml", content)
 
@@ -562,7 +583,7 @@ def toml(value: object) -> str:
 
 
 @given(st.dictionaries(st.sampled_from(list(micronet.KEYS)), VALUES, min_size=1, max_size=3))
-@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_values_are_a_stage_or_one_line(tmp_path: Path, table: dict[str, object]) -> None:
     lines = [f"{key} = {toml(value)}" for key, value in ({"network": "efficientnet_ex"} | table).items()]
     check_stages(tmp_path / "any.toml", ("[stage.a]\n" + "\n".join(lines)).encode())
@@ -592,9 +613,9 @@ def test_crafted_stages_are_one_line(text: str, tmp_path: Path) -> None:
 
 def check_stages(path: Path, content: bytes, accepted: bool = True) -> None:
     path.write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     result = invoke("chain", "--stages", path, "--ckpt", path.parent / "ckpt", "--dry-run")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     if result.exit_code == 0:
         assert accepted and load_stages(path)
     else:

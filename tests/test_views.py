@@ -85,7 +85,9 @@ def test_the_time_left_weighs_every_stage_by_its_networks(monkeypatch: pytest.Mo
     assert micronet.step_work(STAGE, [teacher, STAGE]) == 3 * ex + b0
     assert micronet.step_work(other, [other]) == 3 * b3
     stage = replace(STAGE, train_images=1000, batch_size=10, epochs=1, views=("crop",), lr=((1, 0.1),))
-    view = micronet.Dashboard(Console(file=io.StringIO(), width=160), {teacher: KEPT[TEACHER], stage: None, other: None}, {})
+    view = micronet.Dashboard(
+        Console(file=io.StringIO(), width=160), {teacher: KEPT[TEACHER], stage: None, other: None}, {}
+    )
     begun = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: begun)
     view(Started(stage, FACTS, Cost(1, 1, 1, 1), {"name": "b0", "top1": 81.25, "file": "b0"}, [], []))
@@ -148,7 +150,9 @@ def test_a_terminal_is_given_back_after_sigterm(write: Callable[..., Path], tmp_
     code, written = on_a_terminal(stage_command(write, tmp_path, 900), signal.SIGTERM)
     assert code == 143 and given_back(written) and "Traceback" not in written
     last = last_line(written)
-    assert last.startswith("stage first keeps ") and last.endswith(" of 900 epochs; the same command goes on from there")
+    assert last.startswith("stage first keeps ") and last.endswith(
+        " of 900 epochs; the same command goes on from there"
+    )
     (stopped,) = json.loads(invoke("show", "--ckpt", tmp_path, "--json").stdout) or [{"state": "stopped"}]
     assert stopped["state"] == "stopped" and " stopped " in written.split("running")[-1]
 
