@@ -38,6 +38,7 @@ import fcntl
 import functools
 import hashlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -47,6 +48,7 @@ import os
 import pickle
 import platform
 import re
+import resource
 import select
 import shutil
 import signal
@@ -58,6 +60,7 @@ import time
 import tomllib
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -145,9 +148,10 @@ class Accepts(NamedTuple):
     convert: Callable[[Any], Any] = lambda value: value
 
 
-def whole(least: int) -> Accepts:
-    """Accept whole numbers from `least` to a billion (`true` is none)."""
-    return Accepts(lambda v: type(v) is int and least <= v <= 10**9, lambda: f"a whole number of {least} or more")
+def whole(least: int, most: int = 10**9) -> Accepts:
+    """Accept whole numbers from `least` to `most` (`true` is none)."""
+    words = f"of {least} or more" if most == 10**9 else f"from {least} to {most:,}"
+    return Accepts(lambda v: type(v) is int and least <= v <= most, lambda: f"a whole number {words}")
 
 
 def is_number(value: Any) -> bool:
@@ -261,7 +265,7 @@ class Stage:
     batch_size: int = key(whole(1), default=128)
     """Images per optimiser step, over all processes."""
 
-    epochs: int = key(whole(1), default=70)
+    epochs: int = key(whole(1, 10_000), default=70)
     """How often all views of the training set are seen."""
 
     lr: Schedule | tuple[tuple[int, float], ...] = key(
@@ -434,8 +438,8 @@ def with_teachers(stages: dict[str, Stage], names: Collection[str]) -> list[Stag
     order: dict[str, Stage] = {}
     for name in names:
         lineage = [find_stage(stages, name)]
-        while lineage[-1].teacher in stages:
-            lineage.append(stages[lineage[-1].teacher])
+        while (teacher := stages.get(lineage[-1].teacher)) and teacher not in lineage:  # a folder may hold a cycle
+            lineage.append(teacher)
         order |= {stage.name: stage for stage in reversed(lineage)}  # a known one keeps its place
     return list(order.values())
 
@@ -538,7 +542,7 @@ def load_images(stage: Stage, data: Path, train: bool) -> Images:
     return Images(pixels, torch.tensor(dataset.targets[:n]), dataset.classes)
 
 
-# Shapes by u and v, the coordinates from a shape's centre in units of its half size, each with its mirror image.
+# Shapes by u and v, the coordinates from a shape's centre in units of its half size, each its own mirror image.
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "disc": lambda u, v: u**2 + v**2 < 0.9,
     "ring": lambda u, v: (u**2 + v**2 < 1) & (u**2 + v**2 > 0.4),
@@ -741,7 +745,7 @@ NETWORKS = {
     "efficientnet_exx": Multipliers(0.8, 0.7),
 }
 
-BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, table 1; strides for 32 x 32: 1]
+BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, table 1, with fewer strides, for 32 x 32]
     (1, 16, 1, 1, 3),
     (6, 24, 2, 1, 3),
     (6, 40, 2, 2, 5),
@@ -789,7 +793,7 @@ def scaled_blocks(width: float, depth: float) -> list[Block]:
 def convolved(width: float, depth: float) -> int:
     """Return how many elements the convolutions of a network put out for one image.
 
-    These networks wait for memory, so that their time goes with it; it takes no torch to know.
+    Their time goes with memory traffic, so this tells how networks compare in time, without torch.
     """
     area, total = SIDE**2, scaled_channels(STEM, width) * SIDE**2
     for block in scaled_blocks(width, depth):
@@ -881,22 +885,17 @@ class EfficientNet(nn.Sequential):
     """Normalised images (N, 3, 32, 32) to cosines (N, K)."""
 
     def __init__(self, classes: int, width: float, depth: float, stochastic_depth: float = 0.0) -> None:
-        channels = scaled_channels(STEM, width)
-        layers: list[tuple[str, nn.Module]] = [
-            ("stem", nn.Sequential(*convolution(3, channels, 3), batch_norm(channels), nn.SiLU()))
-        ]
-        blocks, head = scaled_blocks(width, depth), scaled_channels(HEAD, width)
-        layers += [
-            ("blocks", nn.Sequential(*(MBConv(block, stochastic_depth) for block in blocks))),
-            ("head", nn.Sequential(*convolution(blocks[-1].outputs, head, 1), batch_norm(head), nn.SiLU())),
-            ("pool", nn.AvgPool2d(8)),
-            ("flatten", nn.Flatten()),
-            ("embedding", nn.Linear(head, EMBEDDING)),
-            ("cosine", Cosine(EMBEDDING, classes)),
-        ]
-        super().__init__()
-        for name, module in layers:
-            self.add_module(name, module)
+        stem, head, blocks = scaled_channels(STEM, width), scaled_channels(HEAD, width), scaled_blocks(width, depth)
+        layers = OrderedDict(
+            stem=nn.Sequential(*convolution(3, stem, 3), batch_norm(stem), nn.SiLU()),
+            blocks=nn.Sequential(*(MBConv(block, stochastic_depth) for block in blocks)),
+            head=nn.Sequential(*convolution(blocks[-1].outputs, head, 1), batch_norm(head), nn.SiLU()),
+            pool=nn.AvgPool2d(8),
+            flatten=nn.Flatten(),
+            embedding=nn.Linear(head, EMBEDDING),
+            cosine=Cosine(EMBEDDING, classes),
+        )
+        super().__init__(layers)
         self.apply(initialize)
 
 
@@ -1212,7 +1211,9 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     try:
         with open_regular(Path(path)) as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length), object_pairs_hook=once) if length <= 2**20 else {}  # ours: < 100 KiB
+            header = (
+                json.loads(file.read(length), object_pairs_hook=once) if length <= 2**22 else {}
+            )  # ours: 300 bytes an epoch
             size = os.fstat(file.fileno()).st_size
         metadata = json.loads(header.pop("__metadata__")["micronet"])
         ends = [tensor["data_offsets"][1] for tensor in header.values()]
@@ -1256,7 +1257,7 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
 def save_checkpoint(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], previous: Path | None = None
 ) -> None:
-    """Write a checkpoint so that the file is either the old one or the whole new one, also after a power cut."""
+    """Write a checkpoint as `replace_file` does, so that it is never half of one, also after a power cut."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -1268,7 +1269,7 @@ def save_checkpoint(
 def replace_file(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Put `content` at `path` and on the disk, or raise OSError and leave the old file as it was.
 
-    The old file is kept at `previous`, if that is given.
+    The old file is kept at `previous`, if that is given; for a moment it is there alone.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -1370,12 +1371,7 @@ EXPORTS = (".safetensors", ".onnx", ".pt2")
 
 
 def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Write a folded network with 16-bit weights and return what the file, read again, computes.
-
-    Raises Misconfigured for another ending than those of `EXPORTS`, or where a package is missing that one needs.
-    """
-    if path.suffix not in EXPORTS:
-        raise Misconfigured(f"{path}: expected a name that ends in {', '.join(EXPORTS)}")
+    """Write a folded network with 16-bit weights and return what the file, read again, computes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_checkpoint(path, network.half().state_dict(), metadata)
@@ -1391,15 +1387,24 @@ def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> 
     return export_onnx(path, Shipped(network), example, batch, metadata)
 
 
+def check_export(source: Path, target: Path) -> None:
+    """Raise Misconfigured where an export would not work: another ending, a missing package, its own source."""
+    if target.suffix not in EXPORTS:
+        raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
+    if target.exists() and target.samefile(source):
+        raise Misconfigured(f"{target}: is the checkpoint itself: expected another name")
+    if target.suffix == ".onnx":
+        for package in ("onnxscript", "onnxruntime"):  # torch.onnx needs the first, the comparison the second
+            if importlib.util.find_spec(package) is None:
+                raise Misconfigured(f"{target}: the package {package} is missing: uv sync --extra onnx")
+
+
 def export_onnx(
     path: Path, shipped: Shipped, example: Tensor, batch: dict[int, Any], metadata: dict[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """Write an ONNX file, `images` (N, 3, 32, 32) to `logits` (N, K), and return what onnxruntime makes of it."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise Misconfigured(f"{path}: the package {error.name} is missing: uv sync --extra onnx") from None
+    import onnxruntime
+
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
     # optimize=False, as constant folding would make the weights 32 bits wide
     program = torch.onnx.export(shipped, (example,), dynamo=True, optimize=False, verbose=False, **names)
@@ -1524,7 +1529,7 @@ def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
             leftover.unlink()
         try:
             yield
-        except (Stopped, typer.Exit):
+        except Stopped:
             raise
         except Exception as error:
             with suppress(OSError):  # on a full disk, say
@@ -1569,7 +1574,7 @@ def check_room(folder: Path, network: nn.Module) -> None:
         raise Unwritable(f"{folder}: this process may not write here")
     sync_folder(folder.parent)
     size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
-    needed, free = 7 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, and best
+    needed, free = 8 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, best twice
     if free < needed:
         raise Unwritable(f"{folder}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
 
@@ -1577,6 +1582,29 @@ def check_room(folder: Path, network: nn.Module) -> None:
 def last_paths(stage: Stage, ckpt: Path) -> tuple[Path, Path]:
     """Return where the state of a stage's last epoch is kept, and that of the epoch before it."""
     return ckpt / stage.name / "last.safetensors", ckpt / stage.name / "previous.safetensors"
+
+
+def best_paths(stage: Stage, ckpt: Path) -> tuple[Path, Path]:
+    """Return where the network of a stage's best epoch is kept, and that of the epoch that was the best before it."""
+    return ckpt / stage.name / "best.safetensors", ckpt / stage.name / "overtaken.safetensors"
+
+
+def settle_best(stage: Stage, ckpt: Path, history: list[dict[str, Any]]) -> None:
+    """Make best.safetensors hold the best epoch of `history`, also where a run was cut off after keeping a later one.
+
+    That epoch is trained again and may, on a GPU, come out differently. Raises Refused where its network is gone.
+    """
+    path, overtaken = best_paths(stage, ckpt)
+    epoch, found = best_of(history)["epoch"], {}
+    for file in (path, overtaken):
+        with suppress(Refused):
+            found[file] = read_metadata(file)["epoch"]
+    if found.get(path) == epoch:
+        return
+    if found.get(overtaken) != epoch:
+        raise Refused(f"{path}: expected the network of epoch {epoch}, the best: restore it, or --restart the stage")
+    os.replace(overtaken, path)
+    sync_folder(path.parent)
 
 
 def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[Path, Any, list[str]] | None:
@@ -1659,7 +1687,7 @@ def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
-    """Tell whether a changed field only adds epochs and leaves the rates of the `done` ones alone."""
+    """Tell whether a changed field concerns only epochs that are still to come, more of them or their rates."""
     if name == "epochs":
         return stage.epochs > kept.epochs and not isinstance(stage.lr, Schedule)
     if name != "lr" or isinstance(stage.lr, Schedule) or isinstance(kept.lr, Schedule):
@@ -1681,15 +1709,15 @@ def set_aside(folder: Path) -> Path | None:
 def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
     """Keep the epoch that a run has just finished: best.safetensors, last.safetensors and log.jsonl.
 
-    In this order, so that a run cut off in between repeats the epoch and nothing that `last` speaks of is missing.
+    In this order, so that a run cut off in between repeats the epoch, and `settle_best` finds what `last` speaks of.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network = run.student.state_dict()
     best, last = best_of(run.history), run.history[-1]
     explanation = explain(stage, run)
-    path = folder / "best.safetensors"
+    path, overtaken = best_paths(stage, folder.parent)
     if best is last:
-        save_checkpoint(path, network, explanation | {"epoch": last["epoch"]})
+        save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
     elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
         save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
     state = run.optimizer.state
@@ -1978,6 +2006,8 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> 
     found = first_sound(last_paths(stage, ckpt), load_checkpoint)
     if found:
         check_unchanged(stage, found[0], found[1][1])
+        if accelerator.is_main_process:
+            settle_best(stage, ckpt, found[1][1]["history"])
     teacher, teacher_facts = load_teacher(stage, ckpt, found and found[1][1])
     with accelerator.local_main_process_first():  # which downloads for all
         train, test = (load_images(stage, data, part) for part in (True, False))
@@ -2151,11 +2181,9 @@ def train_timed(stage: Stage, run: Run, steps: int) -> list[dict[str, float]]:
     ]
     if run.teacher:
         hooks += [run.teacher.register_forward_hook(lambda *_: clock.mark("teacher"))]
-    for event in train_stage(stage, run):
-        if isinstance(event, Stepped):
-            clock.mark("rest")
-            if event.step == steps:
-                break
+    stepped = (event for event in train_stage(stage, run) if isinstance(event, Stepped))
+    for _ in itertools.islice(stepped, steps):
+        clock.mark("rest")
     for hook in hooks:
         hook.remove()
     timed: list[dict[str, float]] = [{}]
@@ -2254,8 +2282,6 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return the most memory, in MiB, that this process has had on a GPU, or at all where it computes on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -2463,7 +2489,7 @@ def curve(
     values = [record["test_top1"] for record in history] + ([] if teacher is None else [teacher])
     low = math.floor(min(values, default=0) / 10) * 10
     high = max(low + 10, math.ceil(max(values, default=100) / 10) * 10)
-    rows, columns = height - 2, width - 8
+    rows, columns = height - 2, max(1, width - 8)
     cells = [[" "] * columns for _ in range(rows)]
 
     def column(epoch: float) -> int:
@@ -2507,7 +2533,7 @@ class Screen(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # else the interpreter fails when it flushes
 
 
 def new_console(**options: Any) -> Console:
@@ -2640,19 +2666,13 @@ def result_cells(metadata: dict[str, Any]) -> list[str]:
     return [*accuracies, *costs, duration(metadata["seconds"])]
 
 
-def progress(stage: Stage, metadata: dict[str, Any] | None) -> str:
-    """Write how far a stage has come."""
-    done = epochs_done(metadata)
-    return str(done) if done >= stage.epochs else f"{done} of {stage.epochs}"
-
-
 def plan_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
     """Show what a chain would do."""
     table = new_table("What the chain would do, in this order", "stage, network, teacher, to do", "epochs")
     for stage, metadata in kept.items():
-        words = {True: "nothing, it is finished", False: "go on" if metadata else "train"}
-        todo = words[is_finished(stage, metadata)]
-        table.add_row(stage.name, stage.network, stage.teacher or "-", todo, progress(stage, metadata))
+        todo = "nothing, it is finished" if is_finished(stage, metadata) else "go on" if metadata else "train"
+        done = f"{epochs_done(metadata)}/{stage.epochs}"
+        table.add_row(stage.name, stage.network, stage.teacher or "-", todo, done)
     return table
 
 
@@ -2778,9 +2798,9 @@ class StopRequest:
     holds the other end, closes it to stop its stage, and cannot die without closing it.
     """
 
-    def __init__(self, lifeline: bool = False, then: Callable[[], None] | None = None) -> None:
+    def __init__(self, lifeline: bool = False) -> None:
         self.lifeline = lifeline
-        self.then = then
+        self.then: Callable[[], None] = lambda: None
         self.signum: int | None = None
 
     def __enter__(self) -> StopRequest:
@@ -2795,10 +2815,9 @@ class StopRequest:
     def note(self, signum: int, frame: object) -> None:
         if self.signum is None:
             self.signum, self.noted = signum, time.monotonic()
-            if self.then:
-                self.then()
+            self.then()
         elif time.monotonic() - self.noted > 1:
-            raise typer.Exit(128 + signum)
+            raise SystemExit(128 + signum)
 
     def made(self) -> bool:
         """Tell whether a stop is asked for; costs two system calls."""
@@ -2811,7 +2830,7 @@ def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
     try:
         for event in train_stage(stage, run):
             yield event
-            if stop.made():
+            if stop.made() and len(run.history) < stage.epochs:  # a finished stage has nothing to stop
                 raise Stopped(resumption(stage, len(run.history)), stop.signum)
     except RuntimeError:  # a collective operation fails when another process has stopped one step earlier
         time.sleep(1)
@@ -2890,12 +2909,14 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
     return Launch(command, environment | os.environ)
 
 
-def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path) -> None:
-    """Train a stage in processes of its own; raises Stopped after a signal, Failure unless it ends finished.
+def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, stop: StopRequest) -> None:
+    """Train a stage in processes of its own; raises Stopped where that is asked for, Failure unless it ends finished.
 
     The stage draws on the terminal itself. Its errors pass through here, so that what the launcher adds to the first
     one can be left out; that pipe ends when the last process of the stage is gone.
     """
+    if stop.made():
+        raise Stopped(resumption(stage, epochs_done(kept_metadata(stage, ckpt))), stop.signum)
     child = subprocess.Popen(
         [*launch.command, __file__, "run-stage", stage.name, *options, "--lifeline"],
         env=launch.environment,
@@ -2905,14 +2926,16 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path) -
         errors="replace",
         start_new_session=True,  # Ctrl-C is for this process alone: the launcher would die of it with a traceback
     )
+    stop.then = child.stdin.close
+    if stop.made():  # since it was asked above
+        child.stdin.close()
     code, reason = Failure.exit_code, ""
-    with StopRequest(then=child.stdin.close) as stop:
-        for line in child.stderr:
-            if error := re.match(r"error (\d+): (.*)", line):
-                code, reason = (code, reason) if reason else (int(error[1]), error[2])
-            elif not reason and stop.signum is None:
-                sys.stderr.write(line)
-        child.wait()
+    for line in child.stderr:
+        if error := re.match(r"error (\d+): (.*)", line):
+            code, reason = (code, reason) if reason else (int(error[1]), error[2])
+        elif not reason and stop.signum is None:
+            sys.stderr.write(line)
+    child.wait()
     kept = kept_metadata(stage, ckpt)
     if is_finished(stage, kept):
         return
@@ -2966,7 +2989,9 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                 raise
             except (Failure, OSError) as error:
                 failure = (
-                    error if isinstance(error, Failure) else Unwritable(f"{error.filename or 'i/o'}: {error.strerror}")
+                    error
+                    if isinstance(error, Failure)
+                    else Unwritable(f"{error.filename or 'i/o'}: {error.strerror or error}")
                 )
                 code = f" {failure.exit_code}" if options.get("lifeline") else ""  # for `launch_stage`
                 prefix = "" if isinstance(failure, Stopped) else f"error{code}: "
@@ -3066,15 +3091,16 @@ def chain(
     options += ["--log-with", log_with] if log_with else []
     options += [word for stage in todo for word in ("--among", stage.name)]
     left = [stage for stage in todo if not is_finished(stage, kept[stage])]
-    launch = plan_launch(config_file, console) if left else None
-    try:
-        for stage in left:
-            launch_stage(launch, stage, options, ckpt)
-    finally:
-        kept = {stage: metadata_if_sound(stage, ckpt) for stage in todo}
-        states = stage_states(kept, ckpt)
-        ended = all(state == "done" for state in states.values())
-        console.print(results_table(kept) if ended else chain_table(chain_rows(kept, states)))
+    with StopRequest() as stop:
+        launch = plan_launch(config_file, console) if left else None
+        try:
+            for stage in left:
+                launch_stage(launch, stage, options, ckpt, stop)
+        finally:
+            kept = {stage: metadata_if_sound(stage, ckpt) for stage in todo}
+            states = stage_states(kept, ckpt)
+            ended = all(state == "done" for state in states.values())
+            console.print(results_table(kept) if ended else chain_table(chain_rows(kept, states)))
 
 
 @command("show", computes=False)
@@ -3090,6 +3116,8 @@ def show(
     """
     if not ckpt.is_dir():
         raise Misconfigured(f"{ckpt}: no such folder; expected one that keeps the checkpoints of stages")
+    if follow and (svg or as_json):
+        raise Misconfigured("--follow: keeps drawing: expected without --svg and --json")
     console = new_console()
     if follow:
         follow_stages(ckpt, console)
@@ -3171,13 +3199,13 @@ def bench(
     """
     every = load_stages(stages)
     todo = [find_stage(every, name) for name in names or every]
+    left = {stage: images_left(stage, kept_metadata(stage, ckpt)) for stage in todo}
     launch = plan_launch(config_file, Screen(stderr=True))
     options = ["--stages", str(stages), "--steps", str(steps), *(["--profile"] if profile else [])]
     options += ["--data", str(data)] if data else []
     results = [launch_bench(launch, stage, options) for stage in todo]
     for stage, result in zip(todo, results):
-        result["images_left"] = images_left(stage, kept_metadata(stage, ckpt))
-        result["seconds_left"] = result["images_left"] / result["images_per_second"]
+        result |= {"images_left": left[stage], "seconds_left": left[stage] / result["images_per_second"]}
     render(results, speed_table, as_json)
     for result in results if profile and not as_json else []:
         typer.echo(f"stage {result['stage']}\n{result['profile']}")
@@ -3254,12 +3282,14 @@ def score_networks(
     """
     if board and rules == "seed":
         raise Misconfigured("--board: the challenge's entries are scored by its own rules: expected --rules official")
+    if board and as_json:
+        raise Misconfigured("--board: is a table: expected without --json")
     counts = list(RULES) if rules == "both" else [rules]
     scores = [score for name in names or NETWORKS for score in score_network(name, counts, layers)]
     render(scores, score_tables, as_json)
     for s in scores if layers and not as_json else []:
         new_console().print(layers_table(s))
-    if board and not as_json:
+    if board:
         new_console().print(board_table(scores))
 
 
@@ -3344,6 +3374,7 @@ def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
 
     On the test images where they are at hand, on random images where not. Raises Failure.
     """
+    check_export(path, out)
     tensors, metadata = load_checkpoint(path)
     if "exported" in metadata:
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
@@ -3383,8 +3414,9 @@ def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
 
 
 def images_at_hand(stage: Stage, data: Path) -> tuple[Images, str]:
-    """Return a stage's test images if that needs no download, else random ones, and what they are."""
-    if stage.dataset != "cifar100" or (data / "cifar-100-python" / "test").exists():
+    """Return a stage's test images if they are there, else random ones, and what they are."""
+    here = all((data / "cifar-100-python" / name).exists() for name in ("train", "test", "meta"))
+    if stage.dataset != "cifar100" or here:
         return load_images(stage, data, train=False), "test images"
     return random_images(stage, 1000), "random images"
 

@@ -81,7 +81,7 @@ def test_the_published_cost_of_a_folded_network(name: str) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a network that has seen a few images."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "stages.toml").write_text(TINY)
+    (folder / "stages.toml").write_text(TINY.replace("train_images = 40", "train_images = 60"))
     result = invoke("run-stage", "first", "--stages", folder / "stages.toml", "--ckpt", folder)
     assert result.exit_code == 0, result.output
     return folder / "first" / "best.safetensors"

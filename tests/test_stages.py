@@ -100,7 +100,7 @@ MISTAKES = {  # what stands in the file: what the line must name
     '[stage.a]\nnetwork = "resnet"': 'stage a: network = "resnet": expected one of efficientnet_b0, efficientnet_b3',
     GOOD + "epoch = 3": 'stage a: "epoch": unknown key; accepted: network, width',
     "[defaults]\nepoch = 3\n" + GOOD: '[defaults]: "epoch": unknown key',
-    GOOD + "epochs = 0": "stage a: epochs = 0: expected a whole number of 1 or more",
+    GOOD + "epochs = 0": "stage a: epochs = 0: expected a whole number from 1 to 10,000",
     GOOD + "epochs = true": "stage a: epochs = true: expected a whole number",
     GOOD + 'epochs = "70"': 'stage a: epochs = "70": expected a whole number',
     GOOD + "epochs = 1.5": "stage a: epochs = 1.5: expected a whole number",

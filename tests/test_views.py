@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,11 @@ def test_a_curve_has_each_epoch_in_its_place() -> None:
     assert lines[0].startswith("  100 |") and lines[5].startswith("    0 |")
 
 
+@pytest.mark.parametrize("width", [1, 7, 8, 9])
+def test_no_terminal_is_too_narrow_for_a_curve(width: int) -> None:
+    assert len(curve([record(1, 0.0), record(2, 50.0)], 3, 70.0, [2], width, 8)) == 8
+
+
 @pytest.mark.parametrize("epochs", [0, 1, 2, 500])
 def test_a_curve_of_any_length_fits(epochs: int) -> None:
     history = [record(n + 1, 99.99 * n / max(1, epochs)) for n in range(epochs)]
@@ -225,6 +231,18 @@ def test_show(kept: Path, tmp_path: Path) -> None:
     assert results[1]["best"] == micronet.read_metadata(kept / "second" / "best.safetensors")["best"]
 
 
+def test_show_takes_a_folder_whose_teachers_go_round(kept: Path, tmp_path: Path) -> None:
+    """A stage that was taught by a later one, before stages.toml was turned round."""
+    shutil.copytree(kept, tmp_path / "ckpt")
+    for file in ("last", "previous"):
+        path = tmp_path / "ckpt" / "first" / f"{file}.safetensors"
+        tensors, metadata = micronet.load_checkpoint(path)
+        metadata["stage"]["teacher"] = "second"
+        micronet.save_checkpoint(path, tensors, metadata)
+    states = json.loads(invoke("show", "--ckpt", tmp_path / "ckpt", "--json").stdout)
+    assert {result["stage"] for result in states} == {"first", "second"}
+
+
 def test_show_tells_who_is_running(kept: Path) -> None:
     """The lock of another process shows; looking at it does not take it."""
     stage = next(iter(micronet.kept_stages(kept)))
@@ -240,6 +258,7 @@ def test_show_tells_who_is_running(kept: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--ckpt", "missing"], "missing: no such folder"), (["--follow", "--ckpt", "."], "--follow: standard output"),
+    (["--follow", "--json", "--ckpt", "."], "--follow: keeps drawing"),
 ])  # fmt: skip
 def test_show_refuses_in_one_line(arguments: list[str], message: str) -> None:
     result = invoke("show", *arguments)
@@ -248,7 +267,7 @@ def test_show_refuses_in_one_line(arguments: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["show", "--ckpt", "KEPT"], ["run-stage", "--help"]])
 def test_what_computes_nothing_comes_up_at_once(arguments: list[str], kept: Path) -> None:
-    """Torch stays out, and so the CPU time stays near that of importing rich and typer (best of three, in turns)."""
+    """Torch stays out: with it, the CPU time is 30 times that of importing rich and typer (best of three, in turns)."""
     words = [str(kept) if word == "KEPT" else word for word in arguments]
     times: dict[str, float] = {}
     for _ in range(3):
@@ -258,7 +277,7 @@ def test_what_computes_nothing_comes_up_at_once(arguments: list[str], kept: Path
             ended = os.times()
             taken = ended.children_user + ended.children_system - begun.children_user - begun.children_system
             times[name] = min(times.get(name, 99), taken)
-    assert times["ours"] < 5 * times["bare"], times
+    assert times["ours"] < 8 * times["bare"], times
     listed = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "micronet.py"), *words],
                             capture_output=True, text=True, env=WIDE).stderr  # fmt: skip
     assert " torch" not in listed and "rich" in listed
