@@ -173,7 +173,7 @@ MOMENTS = [0.5, 2, 4, 6, ("first", 1), ("first", 6), ("second", 1)]
 
 @pytest.mark.parametrize(
     ("signum", "processes", "moment"),
-    [(signal.SIGINT, 2, ("second", 1))]
+    [(signal.SIGINT, 2, ("second", 1)), (signal.SIGTERM, 1, ("first", 6))]
     + [
         pytest.param(signum, n, moment, marks=pytest.mark.long)
         for signum, n, moment in itertools.product([signal.SIGINT, signal.SIGTERM], [1, 2], MOMENTS)

@@ -167,9 +167,8 @@ def test_a_killed_stage_ends_with_the_same_bits(kills: int, undisturbed: Path, t
         rounds += 1
         assert same_as(folder, undisturbed)
         assert not list((folder / "first").glob(".*.part"))
-        assert {path.name for path in (folder / "first").iterdir()} == {
-            "best.safetensors", "overtaken.safetensors", "last.safetensors", "previous.safetensors", "log.jsonl",
-        }  # fmt: skip
+        names = {path.name for path in (folder / "first").iterdir()} - {"overtaken.safetensors"}  # where best changed
+        assert names == {"best.safetensors", "last.safetensors", "previous.safetensors", "log.jsonl"}
     print(f"{killed} kills in {rounds} rounds")
 
 
