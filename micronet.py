@@ -1506,6 +1506,31 @@ def epochs_done(metadata: dict[str, Any] | None) -> int:
     return metadata["last"]["epoch"] if metadata else 0
 
 
+def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
+    """Return how many images a stage has still to see."""
+    return max(0, stage.epochs - epochs_done(metadata)) * stage.steps_per_epoch * stage.batch_size
+
+
+def step_work(stage: Stage, stages: Collection[Stage]) -> int:
+    """Return what an image costs a training step, in elements that convolutions put out.
+
+    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint.
+    """
+
+    def forward(stage: Stage) -> int:
+        return convolved(*multipliers(stage.network, stage.width, stage.depth))
+
+    if stage.teacher is None:
+        return 3 * forward(stage)
+    teacher = next((other for other in stages if other.name == stage.teacher), None)
+    if teacher is None:
+        teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
+    return 3 * forward(stage) + forward(teacher)
+
+
+FAILED = "failed: "
+
+
 @contextmanager
 def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
     """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
@@ -1535,9 +1560,6 @@ def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
             with suppress(OSError):  # on a full disk, say
                 rewrite(file, f"{FAILED}{error}"[:500])
             raise
-
-
-FAILED = "failed: "
 
 
 def rewrite(file: TextIO, text: str) -> None:
@@ -1704,48 +1726,6 @@ def set_aside(folder: Path) -> Path | None:
     while (aside := folder.with_name(f"{folder.name}.old{n}")).exists():
         n += 1
     return folder.rename(aside)
-
-
-def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
-    """Keep the epoch that a run has just finished: best.safetensors, last.safetensors and log.jsonl.
-
-    In this order, so that a run cut off in between repeats the epoch, and `settle_best` finds what `last` speaks of.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    network = run.student.state_dict()
-    best, last = best_of(run.history), run.history[-1]
-    explanation = explain(stage, run)
-    path, overtaken = best_paths(stage, folder.parent)
-    if best is last:
-        save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
-    elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
-        save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
-    state = run.optimizer.state
-    momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
-    kept, previous = last_paths(stage, folder.parent)
-    save_checkpoint(kept, network | momentum, explanation | {"epoch": last["epoch"]}, previous)
-    replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
-
-
-def explain(stage: Stage, run: Run) -> dict[str, Any]:
-    """Return the metadata that explain a checkpoint by itself."""
-    seconds = sum(record["seconds"] for record in run.history)
-    images = len(run.history) * stage.steps_per_epoch * stage.batch_size
-    return {
-        "format": FORMAT,
-        "micronet": __version__,
-        "stage": asdict(stage) | ({"lr": stage.lr._asdict()} if isinstance(stage.lr, Schedule) else {}),
-        "class_names": run.train.class_names,
-        "best": tested_at(best_of(run.history)),
-        "last": tested_at(run.history[-1]),
-        "teacher": run.teacher_facts,
-        "cost": run.cost._asdict() | {"ops": run.cost.ops, "score": run.cost.score},
-        "seconds": round(seconds, 1),
-        "images_per_second": round(images / seconds, 1),
-        "history": run.history,
-        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        **run.facts,
-    }
 
 
 def tested_at(record: dict[str, Any]) -> dict[str, Any]:
@@ -1995,6 +1975,11 @@ def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_d
     return accelerator
 
 
+def is_launched() -> bool:
+    """Tell whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> Run:
     """Put data, student, teacher and optimiser on the device, as the stage left them or as it begins."""
     parts = accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -2061,6 +2046,48 @@ def restore(run: Run, path: Path, tensors: dict[str, Tensor], metadata: dict[str
     if run.accelerator.scaler and metadata["scaler"]:
         run.accelerator.scaler.load_state_dict(metadata["scaler"])
     run.history = metadata["history"]
+
+
+def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
+    """Keep the epoch that a run has just finished: best.safetensors, last.safetensors and log.jsonl.
+
+    In this order, so that a run cut off in between repeats the epoch, and `settle_best` finds what `last` speaks of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    network = run.student.state_dict()
+    best, last = best_of(run.history), run.history[-1]
+    explanation = explain(stage, run)
+    path, overtaken = best_paths(stage, folder.parent)
+    if best is last:
+        save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
+    elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
+        save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
+    state = run.optimizer.state
+    momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
+    kept, previous = last_paths(stage, folder.parent)
+    save_checkpoint(kept, network | momentum, explanation | {"epoch": last["epoch"]}, previous)
+    replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
+
+
+def explain(stage: Stage, run: Run) -> dict[str, Any]:
+    """Return the metadata that explain a checkpoint by itself."""
+    seconds = sum(record["seconds"] for record in run.history)
+    images = len(run.history) * stage.steps_per_epoch * stage.batch_size
+    return {
+        "format": FORMAT,
+        "micronet": __version__,
+        "stage": asdict(stage) | ({"lr": stage.lr._asdict()} if isinstance(stage.lr, Schedule) else {}),
+        "class_names": run.train.class_names,
+        "best": tested_at(best_of(run.history)),
+        "last": tested_at(run.history[-1]),
+        "teacher": run.teacher_facts,
+        "cost": run.cost._asdict() | {"ops": run.cost.ops, "score": run.cost.score},
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 1),
+        "history": run.history,
+        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+        **run.facts,
+    }
 
 
 def load_teacher(
@@ -2144,6 +2171,10 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+# ------------------------------------------------------------------------------------------------------------- Speed
+# How fast the training loop is, where its time goes and what bounds it.
+
+
 class Clock:
     """Marks between the parts of a step, on the device's own time line: setting one waits for nothing."""
 
@@ -2194,6 +2225,9 @@ def train_timed(stage: Stage, run: Run, steps: int) -> list[dict[str, float]]:
     return [step | {"step": sum(step.values())} for step in timed[1:-1]]
 
 
+PARTS = ("views", "teacher", "forward", "backward", "optimizer")  # of a step; backward includes the loss
+
+
 def measure_speed(stage: Stage, run: Run, warm_up: int, steps: int) -> dict[str, Any]:
     """Return how fast a run trains, as medians over `steps` steps, and what bounds it.
 
@@ -2229,9 +2263,6 @@ def measure_speed(stage: Stage, run: Run, warm_up: int, steps: int) -> dict[str,
         "idle": max(0.0, idle),
         "limit": least / median["step"],
     }
-
-
-PARTS = ("views", "teacher", "forward", "backward", "optimizer")  # of a step; backward includes the loss
 
 
 def device_seconds(stage: Stage, run: Run, steps: int) -> float:
@@ -2419,28 +2450,6 @@ def choose_view(
     """Return the dashboard where somebody can watch it, a line an epoch everywhere else."""
     watched = console.is_interactive and not console.quiet and console.file.isatty()  # FORCE_COLOR makes no terminal
     return Dashboard(console, kept, states, stays) if watched else Plain(console)
-
-
-def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
-    """Return how many images a stage has still to see."""
-    return max(0, stage.epochs - epochs_done(metadata)) * stage.steps_per_epoch * stage.batch_size
-
-
-def step_work(stage: Stage, stages: Collection[Stage]) -> int:
-    """Return what an image costs a training step, in elements that convolutions put out.
-
-    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint.
-    """
-
-    def forward(stage: Stage) -> int:
-        return convolved(*multipliers(stage.network, stage.width, stage.depth))
-
-    if stage.teacher is None:
-        return 3 * forward(stage)
-    teacher = next((other for other in stages if other.name == stage.teacher), None)
-    if teacher is None:
-        teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
-    return 3 * forward(stage) + forward(teacher)
 
 
 def rate_drops(stage: Stage) -> list[int]:
@@ -2676,15 +2685,15 @@ def plan_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
     return table
 
 
-def score_tables(scores: list[dict[str, Any]]) -> Group:
-    """Show what networks cost, a table for each count and a column for each network."""
-    return Group(*(score_table(rules, [s for s in scores if s["rules"] == rules]) for rules in RULES_SHOWN))
-
-
 RULES_SHOWN = {
     "official": "the challenge's rules: batch norm folded, gate and skips counted",
     "seed": "the authors' rules",
 }
+
+
+def score_tables(scores: list[dict[str, Any]]) -> Group:
+    """Show what networks cost, a table for each count and a column for each network."""
+    return Group(*(score_table(rules, [s for s in scores if s["rules"] == rules]) for rules in RULES_SHOWN))
 
 
 def score_table(rules: str, scores: list[dict[str, Any]]) -> Table | str:
@@ -2848,11 +2857,6 @@ def start_anew(folder: Path, accelerator: Accelerator, console: Console) -> None
     if accelerator.is_main_process and (aside := set_aside(folder)):
         say(console, f"{folder} is now {aside}")
     accelerator.wait_for_everyone()
-
-
-def is_launched() -> bool:
-    """Tell whether `accelerate launch` started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 CPU_ENVIRONMENT = {
