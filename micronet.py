@@ -1235,6 +1235,30 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the metadata of a state that a stage can go on from; raises Refused for any other checkpoint."""
+    return checked_state(path, read_metadata(path))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and metadata of a state that a stage can go on from; raises Refused."""
+    tensors, metadata = load_checkpoint(path)
+    checked_state(path, metadata)
+    if metadata["stage"]["momentum"] > 0 and not any(name.startswith(MOMENTUM) for name in tensors):
+        raise Refused(f"{path}: holds a network and no momentum: expected a last.safetensors, not a best.safetensors")
+    return tensors, metadata
+
+
+def checked_state(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata if they are those of a training run; raises Refused."""
+    try:
+        if "exported" in metadata or not metadata["cost"] or tested_at(metadata["history"][-1]) != metadata["last"]:
+            raise ValueError
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise Refused(f"{path}: its metadata hold no history of a training run: it is exported or imported") from None
+    return metadata
+
+
 def trained_stage(path: Path, metadata: dict[str, Any]) -> Stage:
     """Return the stage that a checkpoint's metadata describe; raises Refused."""
     try:
@@ -1387,12 +1411,14 @@ def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> 
     return export_onnx(path, Shipped(network), example, batch, metadata)
 
 
-def check_export(source: Path, target: Path) -> None:
-    """Raise Misconfigured where an export would not work: another ending, a missing package, its own source."""
+def check_export(target: Path) -> None:
+    """Raise Misconfigured where an export would not do: another ending, a missing package, on top of a checkpoint."""
     if target.suffix not in EXPORTS:
         raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
-    if target.exists() and target.samefile(source):
-        raise Misconfigured(f"{target}: is the checkpoint itself: expected another name")
+    if target.suffix == ".safetensors" and target.exists():
+        with suppress(Refused):  # what is no checkpoint may be replaced, as may an older export
+            if "exported" not in read_metadata(target):
+                raise Misconfigured(f"{target}: holds a checkpoint that is not exported: expected another name")
     if target.suffix == ".onnx":
         for package in ("onnxscript", "onnxruntime"):  # torch.onnx needs the first, the comparison the second
             if importlib.util.find_spec(package) is None:
@@ -1514,7 +1540,8 @@ def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
 def step_work(stage: Stage, stages: Collection[Stage]) -> int:
     """Return what an image costs a training step, in elements that convolutions put out.
 
-    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint.
+    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint. A
+    checkpoint that cannot be read costs nothing: this is a guess for whoever waits, and ends no run.
     """
 
     def forward(stage: Stage) -> int:
@@ -1524,7 +1551,10 @@ def step_work(stage: Stage, stages: Collection[Stage]) -> int:
         return 3 * forward(stage)
     teacher = next((other for other in stages if other.name == stage.teacher), None)
     if teacher is None:
-        teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
+        try:
+            teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
+        except Refused:
+            return 3 * forward(stage)
     return 3 * forward(stage) + forward(teacher)
 
 
@@ -1532,12 +1562,12 @@ FAILED = "failed: "
 
 
 @contextmanager
-def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
+def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[], None]]:
     """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
 
     A POSIX lock ends with the process, however that ends, and no child inherits it. It also ends when the process
     closes the file anywhere: `stage_states`, which reads it, is for before and after. Its file names the process and,
-    if that failed, why.
+    if that failed, why. What is yielded raises Refused once that file is gone, so that another process may have it.
     """
     ckpt.mkdir(parents=True, exist_ok=True)
     path = ckpt / f".{stage.name}.lock"  # not inside the folder, which --restart moves
@@ -1549,12 +1579,21 @@ def locked(stage: Stage, ckpt: Path) -> Iterator[None]:
                 raise
             file.seek(0)
             raise Locked(f"stage {stage.name}: process {file.read().strip() or '?'} trains it in {ckpt}") from None
-        rewrite(file, f"{os.getpid()} on {platform.node()}")
+        try:
+            rewrite(file, f"{os.getpid()} on {platform.node()}")
+        except OSError as error:
+            error.filename = str(path)  # which a full disk does not say
+            raise
         for leftover in (ckpt / stage.name).glob(".*.part"):
             leftover.unlink()
+
+        def check_held() -> None:
+            if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                raise Refused(f"{ckpt}: removed or replaced while stage {stage.name} trained: nothing more is kept")
+
         try:
-            yield
-        except Stopped:
+            yield check_held
+        except (Stopped, Misconfigured):  # a command that was refused says nothing of the stage
             raise
         except Exception as error:
             with suppress(OSError):  # on a full disk, say
@@ -1611,22 +1650,29 @@ def best_paths(stage: Stage, ckpt: Path) -> tuple[Path, Path]:
     return ckpt / stage.name / "best.safetensors", ckpt / stage.name / "overtaken.safetensors"
 
 
-def settle_best(stage: Stage, ckpt: Path, history: list[dict[str, Any]]) -> None:
-    """Make best.safetensors hold the best epoch of `history`, also where a run was cut off after keeping a later one.
+def check_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
+    """Raise Refused unless best.safetensors holds the best epoch of a stage that has kept `metadata`."""
+    path, epoch = best_paths(stage, ckpt)[0], metadata["best"]["epoch"]
+    if not (path.exists() and read_metadata(path)["epoch"] == epoch):
+        raise Refused(
+            f"{path}: expected the network of epoch {epoch}, the best of stage {stage.name}: restore it, or train the "
+            f"stage anew with run-stage {stage.name} --restart"
+        )
+
+
+def settle_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
+    """Make best.safetensors hold the best epoch of what is kept, also where a run was cut off after a later one.
 
     That epoch is trained again and may, on a GPU, come out differently. Raises Refused where its network is gone.
     """
     path, overtaken = best_paths(stage, ckpt)
-    epoch, found = best_of(history)["epoch"], {}
-    for file in (path, overtaken):
-        with suppress(Refused):
-            found[file] = read_metadata(file)["epoch"]
-    if found.get(path) == epoch:
-        return
-    if found.get(overtaken) != epoch:
-        raise Refused(f"{path}: expected the network of epoch {epoch}, the best: restore it, or --restart the stage")
-    os.replace(overtaken, path)
-    sync_folder(path.parent)
+    try:
+        check_best(stage, ckpt, metadata)
+    except Refused:
+        if not overtaken.exists() or read_metadata(overtaken)["epoch"] != metadata["best"]["epoch"]:
+            raise
+        os.replace(overtaken, path)
+        sync_folder(path.parent)
 
 
 def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[Path, Any, list[str]] | None:
@@ -1651,7 +1697,7 @@ def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
 
     Raises Misconfigured if the stage has changed, Refused if nothing that it has kept can be read.
     """
-    found = first_sound(last_paths(stage, ckpt), read_metadata)
+    found = first_sound(last_paths(stage, ckpt), read_state)
     if found is None:
         return None
     path, metadata, _ = found
@@ -1682,13 +1728,9 @@ def kept_stages(ckpt: Path) -> dict[Stage, dict[str, Any]]:
     found: dict[str, tuple[Stage, dict[str, Any]]] = {}
     for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
         files = folder / "last.safetensors", folder / "previous.safetensors"
-        if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_metadata)):
+        if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_state)):
             path, metadata, _ = sound
-            try:
-                tested_at(metadata["history"][-1])
-                found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
-            except (KeyError, IndexError, TypeError):
-                raise Refused(f"{path}: its metadata hold no history") from None
+            found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
     order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
     return {stage: found[stage.name][1] for stage in order}
 
@@ -1988,11 +2030,11 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> 
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    found = first_sound(last_paths(stage, ckpt), load_checkpoint)
+    found = first_sound(last_paths(stage, ckpt), load_state)
     if found:
         check_unchanged(stage, found[0], found[1][1])
         if accelerator.is_main_process:
-            settle_best(stage, ckpt, found[1][1]["history"])
+            settle_best(stage, ckpt, found[1][1])
     teacher, teacher_facts = load_teacher(stage, ckpt, found and found[1][1])
     with accelerator.local_main_process_first():  # which downloads for all
         train, test = (load_images(stage, data, part) for part in (True, False))
@@ -2058,6 +2100,8 @@ def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
     best, last = best_of(run.history), run.history[-1]
     explanation = explain(stage, run)
     path, overtaken = best_paths(stage, folder.parent)
+    if best is not last:
+        check_best(stage, folder.parent, explanation)  # somebody may have removed it
     if best is last:
         save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
     elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
@@ -2377,8 +2421,16 @@ class Dashboard(Plain):
         if self.bars:
             ended = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
             self.states[self.stage.name] = ended
+            self.draw()
+        with suppress(OSError):
+            self.live.stop()
+
+    def draw(self) -> None:
+        """Draw the screen anew, or never again where the terminal is gone."""
+        try:
             self.live.refresh()
-        self.live.stop()
+        except OSError:
+            self.console.quiet = True
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -2388,10 +2440,13 @@ class Dashboard(Plain):
                 self.teacher = event.teacher
                 self.states[event.stage.name] = "running"
                 self.history = list(event.history)
+                self.work = {stage: step_work(stage, self.kept) for stage in self.kept}
                 self.drops = rate_drops(event.stage)
+                self.bars = [Text(" the first step is under way")]
+                self.draw()
             case Stepped() if time.monotonic() - self.drawn >= 0.25:
                 self.bars = self.progress(event)
-                self.live.refresh()
+                self.draw()
                 self.drawn = time.monotonic()
             case EpochDone():
                 self.history.append(event.record)
@@ -2406,10 +2461,9 @@ class Dashboard(Plain):
         done = (event.epoch - 1) * steps + event.step
         rate = (done - self.first) / (time.monotonic() - self.begun) * stage.batch_size  # evaluations included
         left = (stage.epochs * steps - done) * stage.batch_size
-        others = {other: metadata for other, metadata in self.kept.items() if other.name != stage.name}
+        others = {other: metadata for other, metadata in self.kept.items() if other != stage}
         later = left + sum(
-            images_left(other, metadata) * step_work(other, self.kept) / step_work(stage, self.kept)
-            for other, metadata in others.items()
+            images_left(other, metadata) * self.work[other] / self.work[stage] for other, metadata in others.items()
         )
         tested = percent(self.history[-1]["test_top1"]) if self.history else "-"
         bars = Table.grid(padding=(0, 1))
@@ -2623,9 +2677,11 @@ def count(n: int, thing: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as 7.5 s, 3:05 min or 2:05 h."""
+    """Write a time as 7.5 s, 3:05 min, 2:05 h or 47 days."""
     if seconds < 60:
         return f"{seconds:.1f} s"
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes}:{seconds:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
@@ -2751,7 +2807,8 @@ def export_table(results: list[dict[str, Any]]) -> Table:
         table.add_row("bytes", f"{r['bytes']:,}")
         table.add_row("bytes that the score counts", f"{r['counted_bytes']:,.0f}")
         table.add_row("predictions as before", f"{r['agree']:,} of {r['images']:,} {r['on']}")
-        table.add_row("largest difference, of outputs up to", f"{r['difference']:.2g}, {r['largest']:.2g}")
+        table.add_row("largest difference of an output", f"{r['difference']:.2g}")
+        table.add_row("largest output", f"{r['largest']:.2g}")
         table.add_row("top-1 before, as exported", f"{percent(r['top1_before'])}, {percent(r['top1'])}")
         table.add_row("official score", f"{r['score']:.6f}")
     return table
@@ -2800,7 +2857,7 @@ def accuracy_table(results: list[dict[str, Any]]) -> Table:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM as something that a loop can ask for, and the death of whoever started this process.
+    """SIGINT, SIGTERM and SIGHUP as something that a loop can ask for, and the death of whoever started this process.
 
     The first signal asks the loop to stop after its step and calls `then`. Another one, a second or more later (`uv run`
     sends each Ctrl-C twice), ends the process at once. With a lifeline, the end of standard input asks as well: `chain`
@@ -2814,7 +2871,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.launcher = os.getppid() if is_launched() else None
-        self.handlers = {signum: signal.signal(signum, self.note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            heard.append(signal.SIGHUP)
+        self.handlers = {signum: signal.signal(signum, self.note) for signum in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -2946,7 +3006,9 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     further = resumption(stage, epochs_done(kept))
     if stop.signum is not None:
         raise Stopped(further, stop.signum)
-    failure = Failure(f"stage {stage.name} failed: {reason or f'exit code {child.returncode}'}; {further}")
+    silent = f"a process of its ended without a word (exit code {child.returncode}): killed, perhaps for want of memory"
+    goes_on = code not in (Misconfigured.exit_code, Refused.exit_code)  # which the same command would meet again
+    failure = Failure(f"stage {stage.name} failed: {reason or silent}{f'; {further}' if goes_on else ''}")
     failure.exit_code = code
     raise failure
 
@@ -2965,7 +3027,9 @@ DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100;
 CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
 ConfigFile = Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")]
 Rules = Literal["seed", "official", "both"]
-Timeout = Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a process waits for another one.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=1, max=10**6, help="Seconds that a process waits for another one.")
+]
 Precision = Literal["fp32", "bf16", "fp16"]
 LogWith = Annotated[
     str | None, typer.Option("--log-with", help="Send each epoch's figures to tensorboard, wandb, ..., too.")
@@ -3013,7 +3077,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         typer.echo(f"micronet {__version__}")
         raise typer.Exit()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may be closed
         stream.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks must not end a run
 
 
@@ -3043,17 +3107,26 @@ def run_stage(
     console = new_console(quiet=not accelerator.is_main_process)
     kept = {other: metadata_if_sound(other, ckpt) for other in todo}
     view = choose_view(console, kept, stage_states(kept, ckpt), stays=among is None)
-    with locked(stage, ckpt) if accelerator.is_main_process else nullcontext():
+    with locked(stage, ckpt) if accelerator.is_main_process else nullcontext() as check_held:
         if restart:
             start_anew(ckpt / name, accelerator, console)
-        if is_finished(stage, kept_metadata(stage, ckpt)):
+        if is_finished(stage, metadata := kept_metadata(stage, ckpt)):
+            check_best(stage, ckpt, metadata)
             say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
             return
-        train_and_keep(stage, data, ckpt, accelerator, view, lifeline)
+        train_and_keep(stage, data, ckpt, accelerator, view, lifeline, check_held)
     accelerator.end_training()
 
 
-def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, lifeline: bool) -> None:
+def train_and_keep(
+    stage: Stage,
+    data: Path,
+    ckpt: Path,
+    accelerator: Accelerator,
+    view: Plain,
+    lifeline: bool,
+    check_held: Callable[[], None] | None,
+) -> None:
     """Train a stage, keep every epoch and show it, until it ends or is stopped."""
     with StopRequest(lifeline) as stop, view:
         run = open_run(stage, data, ckpt, accelerator)
@@ -3062,6 +3135,7 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
         accelerator.init_trackers(stage.name)
         for event in stoppable(stage, run, stop):
             if isinstance(event, EpochDone) and accelerator.is_main_process:
+                check_held()
                 save_epoch(ckpt / stage.name, stage, run)
                 accelerator.log(event.record, step=event.record["epoch"])
             view(event)
@@ -3095,10 +3169,17 @@ def chain(
     options += ["--log-with", log_with] if log_with else []
     options += [word for stage in todo for word in ("--among", stage.name)]
     left = [stage for stage in todo if not is_finished(stage, kept[stage])]
+    for stage in todo:
+        if stage not in left:
+            check_best(stage, ckpt, kept[stage])
     with StopRequest() as stop:
         launch = plan_launch(config_file, console) if left else None
         try:
             for stage in left:
+                if with_seed(find_stage(load_stages(stages), stage.name), seed) != stage:
+                    raise Misconfigured(
+                        f"{stages}: stage {stage.name} has changed since this chain began: start it again"
+                    )
                 launch_stage(launch, stage, options, ckpt, stop)
         finally:
             kept = {stage: metadata_if_sound(stage, ckpt) for stage in todo}
@@ -3140,7 +3221,10 @@ def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: in
     states, drawn = stage_states(kept, ckpt), list(kept.items())
     table = chain_table(chain_rows(kept, states)) if kept else Text("no stage has finished an epoch here")
     parts: list[RenderableType] = [table]
-    parts += [Text(printable(f" {name} failed: {reason}")) for name, reason in failures(ckpt).items()]
+    for name, reason in failures(ckpt).items():
+        if states.get(name, "failed") == "failed":  # a stage that has kept nothing has no state
+            parts.append(Text(printable(f" {name} failed: {reason}")))
+    heads = len(parts)
     if room is not None:
         working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
         drawn, tall = (working or drawn)[-1:], min(tall, room - len(kept) - len(parts) - 6)
@@ -3149,7 +3233,7 @@ def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: in
         lines = curve(metadata["history"], stage.epochs, teacher, rate_drops(stage), width, tall, ascii_only)
         title = f" {stage.name}: {pace(stage, metadata['history'])}"
         parts += [Text(line, no_wrap=True) for line in ["", title, *lines]]
-    return Group(*parts)
+    return Group(*parts[heads:], *parts[:heads]) if room is None else Group(*parts)  # the table last, where it is seen
 
 
 def stages_as_json(ckpt: Path) -> list[dict[str, Any]]:
@@ -3162,7 +3246,7 @@ def stages_as_json(ckpt: Path) -> list[dict[str, Any]]:
             "network": stage.network,
             "teacher": stage.teacher,
             "state": states[stage.name],
-            "failure": failed.get(stage.name),
+            "failure": failed[stage.name] if states[stage.name] == "failed" else None,
             "epoch": epochs_done(metadata),
             "epochs": stage.epochs,
             **{name: metadata[name] for name in ("best", "last", "seconds", "history")},
@@ -3378,7 +3462,7 @@ def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
 
     On the test images where they are at hand, on random images where not. Raises Failure.
     """
-    check_export(path, out)
+    check_export(out)
     tensors, metadata = load_checkpoint(path)
     if "exported" in metadata:
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")

@@ -1,6 +1,7 @@
 """Networks as they ship, and those that the method's authors published: the same predictions, and nothing executed."""
 
 import io
+import importlib.util
 import json
 import os
 import pickle
@@ -153,6 +154,26 @@ def test_an_export_is_neither_exported_again_nor_a_teacher(
     stages = write(TINY.replace('teacher = "first"', f'teacher = "{out}"'))
     result = invoke("run-stage", "second", "--stages", stages, "--ckpt", tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (2, 1) and "has no cosines" in result.stderr
+
+
+def test_an_export_replaces_no_checkpoint(trained: Path, tmp_path: Path) -> None:
+    before, out = trained.read_bytes(), tmp_path / "out.safetensors"
+    for target in (trained, trained.with_name("last.safetensors")):
+        result = invoke("export", trained, target)
+        assert (result.exit_code, result.output.count("\n")) == (2, 1) and "expected another name" in result.stderr
+    assert trained.read_bytes() == before
+    assert [invoke("export", trained, out).exit_code for _ in range(2)] == [0, 0]  # an older export may go
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named(
+    package: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    result = invoke("export", trained, out := tmp_path / "network.onnx")
+    assert (result.exit_code, result.output.count("\n")) == (2, 1) and not out.exists()
+    assert result.stderr.startswith(f"error: {out}: the package {package} is missing: uv sync --extra onnx")
 
 
 # ------------------------------------------------------------------------------------------------------------- import

@@ -91,11 +91,25 @@ def test_the_time_left_weighs_every_stage_by_its_networks(monkeypatch: pytest.Mo
     )
     begun = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: begun)
+    view.draw = lambda: None
     view(Started(stage, FACTS, Cost(1, 1, 1, 1), {"name": "b0", "top1": 81.25, "file": "b0"}, [], []))
     monkeypatch.setattr(time, "monotonic", lambda: begun + 1)
     line = str(view.progress(Stepped(1, 10, 0.1, torch.zeros(2), 100))[1])
     seconds = 900 / 100 + other.batch_size * 10 / 100 * 3 * b3 / (3 * ex + b0)
     assert line.startswith(" 100 images/s, ") and f" 9.0 s left; all stages {seconds:.1f} s" in line
+
+
+def test_a_teacher_that_is_moved_away_ends_no_run(tmp_path: Path) -> None:
+    pupil = replace(STAGE, teacher=str(tmp_path / "gone.safetensors"))
+    assert micronet.step_work(pupil, [pupil]) == micronet.step_work(replace(STAGE, teacher=None), [])
+
+
+def test_only_the_main_process_draws() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    file.isatty = lambda: True
+    for quiet, kind in ((True, micronet.Plain), (False, micronet.Dashboard)):
+        console = micronet.new_console(quiet=quiet, file=file, force_terminal=True)
+        assert type(micronet.choose_view(console, KEPT, {})) is kind
 
 
 def on_a_terminal(
@@ -154,8 +168,7 @@ def test_a_terminal_is_given_back_after_sigterm(write: Callable[..., Path], tmp_
     assert last.startswith("stage first keeps ") and last.endswith(
         " of 900 epochs; the same command goes on from there"
     )
-    (stopped,) = json.loads(invoke("show", "--ckpt", tmp_path, "--json").stdout) or [{"state": "stopped"}]
-    assert stopped["state"] == "stopped" and " stopped " in written.split("running")[-1]
+    assert micronet.failures(tmp_path) == {} and " stopped " in written.split("running")[-1]
 
 
 def test_a_terminal_is_given_back_after_an_error(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -241,6 +254,17 @@ def test_show_takes_a_folder_whose_teachers_go_round(kept: Path, tmp_path: Path)
         micronet.save_checkpoint(path, tensors, metadata)
     states = json.loads(invoke("show", "--ckpt", tmp_path / "ckpt", "--json").stdout)
     assert {result["stage"] for result in states} == {"first", "second"}
+
+
+def test_a_refused_command_says_nothing_of_the_stage(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept, tmp_path / "ckpt")
+    (tmp_path / "stages.toml").write_text(TINY.replace("width = 0.1", "width = 0.2"))
+    result = invoke("run-stage", "first", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path / "ckpt")
+    assert result.exit_code == 2 and micronet.failures(tmp_path / "ckpt") == {}
+    (tmp_path / "ckpt" / ".first.lock").write_text("failed: long ago")  # and finished since
+    assert "failed" not in invoke("show", "--ckpt", tmp_path / "ckpt").output
+    first, _ = json.loads(invoke("show", "--ckpt", tmp_path / "ckpt", "--json").stdout)
+    assert (first["state"], first["failure"]) == ("done", None)
 
 
 def test_show_tells_who_is_running(kept: Path) -> None:
