@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, WIDE, invoke
 
-from micronet import load_stages, read_metadata
+from micronet import build_network, fold_network, layer_costs, load_stages, read_metadata, total_cost
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -103,6 +103,15 @@ def test_a_stage_is_launched(clone: Path, cifar100: Path) -> None:
     running.communicate(timeout=60)
     assert lines[0].startswith("stage b3: efficientnet_b3, 11,027,240 parameters")
     assert lines[1] == "teacher: none: the true labels\n" and "2 processes, bf16, not compiled" in lines[2]
+
+
+@pytest.mark.parametrize("name", ["b3", "b0", "ex", "exx"])
+def test_the_table_of_costs(name: str) -> None:
+    network = build_network(f"efficientnet_{name}")
+    ours = total_cost(layer_costs(network, "seed").values())
+    exported = total_cost(layer_costs(fold_network(network), "official").values())
+    (row,) = (line.split(" | ") for line in README.splitlines() if line.startswith((f"| {name} |", f"| {name}, ")))
+    assert row[1:5] == [f"{ours.params:,}", f"{ours.ops:,.0f}", f"{ours.score:.4f}", f"{exported.score:.4f}"]
 
 
 def test_the_stage_example(clone: Path, tmp_path: Path) -> None:
