@@ -2100,12 +2100,12 @@ def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
     best, last = best_of(run.history), run.history[-1]
     explanation = explain(stage, run)
     path, overtaken = best_paths(stage, folder.parent)
-    if best is not last:
-        check_best(stage, folder.parent, explanation)  # somebody may have removed it
     if best is last:
         save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
-    elif last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
-        save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
+    else:
+        check_best(stage, folder.parent, explanation)  # somebody may have removed it
+        if last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
+            save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
     state = run.optimizer.state
     momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
     kept, previous = last_paths(stage, folder.parent)
@@ -3006,7 +3006,9 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     further = resumption(stage, epochs_done(kept))
     if stop.signum is not None:
         raise Stopped(further, stop.signum)
-    silent = f"a process of its ended without a word (exit code {child.returncode}): killed, perhaps for want of memory"
+    silent = (
+        f"one of its processes ended without a word: killed, perhaps, for want of memory (exit code {child.returncode})"
+    )
     goes_on = code not in (Misconfigured.exit_code, Refused.exit_code)  # which the same command would meet again
     failure = Failure(f"stage {stage.name} failed: {reason or silent}{f'; {further}' if goes_on else ''}")
     failure.exit_code = code
