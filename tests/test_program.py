@@ -385,6 +385,7 @@ def test_real_images(cifar100: Path, write: Callable[..., Path], tmp_path: Path)
     assert [r["top1"] for r in results] == [read_metadata(path)["best"]["top1"] for path in paths]
 
 
+@pytest.mark.long  # a minute, for a script that only a GPU's user needs
 def test_a_slot_of_time_ends_in_time_and_leaves_what_goes_on(write: Callable[..., Path], tmp_path: Path) -> None:
     stages = write(CHAIN.replace("epochs = 6", "epochs = 900").replace("[6, 0.002]", "[900, 0.002]"))
     environment = WIDE | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
