@@ -1211,9 +1211,8 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     try:
         with open_regular(Path(path)) as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = (
-                json.loads(file.read(length), object_pairs_hook=once) if length <= 2**22 else {}
-            )  # ours: 300 bytes an epoch
+            # ours has 300 bytes an epoch
+            header = json.loads(file.read(length), object_pairs_hook=once) if length <= 2**22 else {}
             size = os.fstat(file.fileno()).st_size
         metadata = json.loads(header.pop("__metadata__")["micronet"])
         ends = [tensor["data_offsets"][1] for tensor in header.values()]
