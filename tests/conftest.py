@@ -39,7 +39,12 @@ teacher = "first"
 """
 
 
+# Files that take a minute or more: started first, each by a worker of its own.
+SLOW = ("test_readme", "test_program", "test_reliability")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in SLOW)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -27,22 +27,30 @@ from test_training import same_training
 import micronet
 from micronet import load_checkpoint, load_stages, read_metadata, save_checkpoint
 
-
 # As CHAIN, but the best epoch of the first stage changes again and again.
-CHANGING = CHAIN.replace("test_images = 50", "test_images = 500").replace("[4, 0.02]", "[4, 0.2]")
+CHANGING = CHAIN.replace("[4, 0.02]", "[4, 0.2]")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two stages of six epochs that nobody disturbed, and their stages file."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "stages.toml").write_text(CHANGING)
-    for stage in ("first", "second"):
-        assert invoke("run-stage", stage, "--stages", folder / "stages.toml", "--ckpt", folder).exit_code == 0
+    """Two stages of six epochs that nobody disturbed, and their stages file.
+
+    Its seed is one with which the fourth epoch of the first stage overtakes an earlier one, so that a save that
+    overtakes stands right after `half`. Which that is depends on the processor: rounding decides.
+    """
+    for seed in range(1, 50):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        (folder / "stages.toml").write_text(CHANGING.replace("epochs = 6", f"epochs = 6\nseed = {seed}"))
+        assert train(folder).exit_code == 0
         reset_accelerate()
-    history = read_metadata(folder / "first" / "last.safetensors")["history"]
-    best = [micronet.best_of(history[:n])["epoch"] for n in range(1, 7)]
-    assert len(set(best)) > 2 and best[2] < 4 == best[3], best  # a save that overtakes stands right after `half`
+        history = read_metadata(folder / "first" / "last.safetensors")["history"]
+        best = [micronet.best_of(history[:n])["epoch"] for n in range(1, 7)]
+        if len(set(best)) > 2 and best[2] < 4 == best[3]:
+            break
+    else:
+        pytest.fail("no seed of 49 whose fourth epoch overtakes an earlier one")
+    assert train(folder, "second").exit_code == 0
+    reset_accelerate()
     return folder
 
 
@@ -161,7 +169,7 @@ def newest(log: Path) -> Path | None:
     return next((state for state in states if state.exists()), None)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_stage_ends_with_the_same_bits(kills: int, undisturbed: Path, tmp_path: Path) -> None:
     """Rounds of a whole stage, killed at random moments until so many kills are spent."""
     killed, rounds = 0, 0
@@ -170,7 +178,7 @@ def test_a_killed_stage_ends_with_the_same_bits(kills: int, undisturbed: Path, t
         command = [sys.executable, ROOT / "micronet.py", "run-stage", "first", "--ckpt", folder]
         command += ["--stages", undisturbed / "stages.toml"]
         left = min(kills - killed, 10)
-        killed += kill_until_done(command, folder / "first" / "log.jsonl", left, 9, seed=rounds)
+        killed += kill_until_done(command, folder / "first" / "log.jsonl", left, 8, seed=rounds)
         rounds += 1
         assert same_as(folder, undisturbed)
         assert not list((folder / "first").glob(".*.part"))
@@ -263,8 +271,6 @@ def test_what_somebody_removes_is_missed_at_the_next_epoch(
     lost: str, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A best network that went away under the run, and the whole folder, which another run may have begun in."""
-    if lost == "best":
-        (half / "stages.toml").write_text(CHANGING)
     real, evaluated = micronet.evaluate, []
 
     def evaluate(*arguments: object) -> torch.Tensor:
@@ -330,9 +336,13 @@ def test_a_full_disk(half: Path, undisturbed: Path) -> None:
     """No file may grow beyond 40 kB: the run ends with the old state intact, and goes on once there is room."""
     before = read_metadata(half / "first" / "last.safetensors")["last"]["epoch"]
     options = ["--stages", half / "stages.toml", "--ckpt", half]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
-    result = program("run-stage", "first", *options, preexec_fn=limit)
-    assert (result.returncode, result.stderr.count("\n")) == (5, 1), result.stderr
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most[1]))
+    try:
+        result = invoke("run-stage", "first", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert (result.exit_code, result.stderr.count("\n")) == (5, 1), result.stderr
     assert "File too large" in result.stderr
     assert read_metadata(half / "first" / "last.safetensors")["last"]["epoch"] == before
     assert train(half).exit_code == 0 and same_as(half, undisturbed)
@@ -374,20 +384,12 @@ def test_one_stage_has_one_trainer(half: Path, undisturbed: Path) -> None:
         if "goes on after" in line:
             break
     os.kill(trainer.pid, signal.SIGSTOP)
-    other = program(*options)
+    other = train(half)
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.wait()
-    assert (other.returncode, other.stdout) == (75, "")
+    assert (other.exit_code, other.stdout) == (75, "")
     assert other.stderr.startswith(f"error: stage first: process {trainer.pid} on ") and other.stderr.count("\n") == 1
     assert train(half).exit_code == 0 and same_as(half, undisturbed)  # the dead one holds nothing
-
-
-def test_a_chain_passes_on_why_its_stage_failed(half: Path) -> None:
-    for name in ("last", "previous"):
-        flip(half / "first" / f"{name}.safetensors")
-    result = program("chain", "first", "--stages", half / "stages.toml", "--ckpt", half)
-    assert result.returncode == 3 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: stage first failed: ") and "restore one, or --restart" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------- hostile checkpoints

@@ -148,10 +148,9 @@ def test_short_stages_are_tested_with_the_statistics_they_saw(tmp_path: Path) ->
         torch.testing.assert_close(running.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_an_interrupted_stage_ends_with_the_same_bits(epochs: int, chain: dict[str, Stage], tmp_path: Path) -> None:
+def test_a_stage_that_is_interrupted_twice_ends_with_the_same_bits(chain: dict[str, Stage], tmp_path: Path) -> None:
     for stage in chain.values():
-        for ckpt, pieces in ((tmp_path / "straight", [3]), (tmp_path / "pieces", [epochs, 3])):
+        for ckpt, pieces in ((tmp_path / "straight", [3]), (tmp_path / "pieces", [1, 2, 3])):
             (ckpt / "first").mkdir(parents=True, exist_ok=True)
             if stage.name == "second":
                 (ckpt / "first" / "best.safetensors").write_bytes(
