@@ -37,6 +37,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -82,6 +83,7 @@ if __name__ == "__main__" and not TYPE_CHECKING:
     # The program's own copy of this file only parses, checks and prints, which must not wait seconds for torch:
     # its Networks room stays a shell, and commands that compute run in the module `micronet` (see `command`).
     nn = SimpleNamespace(Module=object, Sequential=object)
+    gc.disable()  # until a command runs: looking for garbage while torch is imported takes a tenth of that time
 else:
     import torch
     import torch.nn.functional as F
@@ -1723,16 +1725,20 @@ def is_locked(stage: str, ckpt: Path) -> bool:
         return False
 
 
-def kept_stages(ckpt: Path) -> dict[Stage, dict[str, Any]]:
-    """Return the stages that have kept something in a folder, teachers first; raises Refused where all is damaged."""
+def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[Refused]]:
+    """Return the stages that have kept something in a folder, teachers first, and what cannot be read."""
     found: dict[str, tuple[Stage, dict[str, Any]]] = {}
+    damaged: list[Refused] = []
     for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
         files = folder / "last.safetensors", folder / "previous.safetensors"
-        if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_state)):
-            path, metadata, _ = sound
-            found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
+        try:
+            if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_state)):
+                path, metadata, _ = sound
+                found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
+        except Refused as refused:
+            damaged.append(refused)
     order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
-    return {stage: found[stage.name][1] for stage in order}
+    return {stage: found[stage.name][1] for stage in order}, damaged
 
 
 def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
@@ -3054,9 +3060,10 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
         @functools.wraps(function)
         def run(**options: Any) -> None:
             try:
-                if computes and __name__ != "__main__":
-                    keep_freed_memory()
                 if __name__ != "__main__" or not computes:
+                    gc.enable()
+                    if computes:
+                        keep_freed_memory()
                     return function(**options)
                 if "stages" in options:
                     load_stages(options["stages"])
@@ -3220,17 +3227,21 @@ def show(
         console.print(stages_picture(ckpt, min(console.width, 120), 12, console.options.ascii_only))
     if svg:
         replace_file(svg, as_svg(stages_picture(ckpt, 100, 12, False), "micronet show").encode())
+    for refused in kept_stages(ckpt)[1]:
+        raise refused  # the other stages are shown all the same
 
 
 def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: int | None = None) -> RenderableType:
     """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
-    kept = kept_stages(ckpt)
+    kept, damaged = kept_stages(ckpt)
     states, drawn = stage_states(kept, ckpt), list(kept.items())
     table = chain_table(chain_rows(kept, states)) if kept else Text("no stage has finished an epoch here")
     parts: list[RenderableType] = [table]
     for name, reason in failures(ckpt).items():
         if states.get(name, "failed") == "failed":  # a stage that has kept nothing has no state
             parts.append(Text(printable(f" {name} failed: {reason}")))
+    if room is not None:  # else `show` ends with it
+        parts += [Text(printable(f" {refused}")) for refused in damaged]
     heads = len(parts)
     if room is not None:
         working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
@@ -3245,7 +3256,7 @@ def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: in
 
 def stages_as_json(ckpt: Path) -> list[dict[str, Any]]:
     """Return what stages have come to, with every epoch's figures."""
-    kept = kept_stages(ckpt)
+    kept, _ = kept_stages(ckpt)
     states, failed = stage_states(kept, ckpt), failures(ckpt)
     return [
         {

@@ -255,6 +255,16 @@ def test_show_takes_a_folder_whose_teachers_go_round(kept: Path, tmp_path: Path)
     assert {result["stage"] for result in states} == {"first", "second"}
 
 
+def test_a_damaged_stage_hides_no_other(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept, tmp_path / "ckpt")
+    for file in ("last", "previous"):
+        (tmp_path / "ckpt" / "first" / f"{file}.safetensors").write_bytes(b"damaged")
+    for options, words in (([], " second "), (["--json"], '"stage": "second"')):
+        result = invoke("show", "--ckpt", tmp_path / "ckpt", *options)
+        assert result.exit_code == 3 and words in result.stdout
+        assert "first/last.safetensors: " in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_a_refused_command_says_nothing_of_the_stage(kept: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "ckpt")
     (tmp_path / "stages.toml").write_text(TINY.replace("width = 0.1", "width = 0.2"))
@@ -268,8 +278,10 @@ def test_a_refused_command_says_nothing_of_the_stage(kept: Path, tmp_path: Path)
 
 def test_show_tells_who_is_running(kept: Path) -> None:
     """The lock of another process shows; looking at it does not take it."""
-    stage = next(iter(micronet.kept_stages(kept)))
-    code = "import sys, micronet, pathlib\nstage = next(iter(micronet.kept_stages(p := pathlib.Path(sys.argv[1]))))\n"
+    stage = next(iter(micronet.kept_stages(kept)[0]))
+    code = (
+        "import sys, micronet, pathlib\nstage = next(iter(micronet.kept_stages(p := pathlib.Path(sys.argv[1]))[0]))\n"
+    )
     code += "with micronet.locked(stage, p): print('held', flush=True); sys.stdin.read()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     holder = subprocess.Popen([sys.executable, "-c", code, kept], **pipes)
