@@ -496,7 +496,7 @@ for words in sys.stdin.read().splitlines():
     from accelerate.state import AcceleratorState, GradientState
     AcceleratorState._reset_state(True); GradientState._reset_state()
 """
-    stages = write()
+    stages = write(TINY.replace("epochs = 3", "epochs = 1").replace("[[2, 0.02], [3, 0.002]]", "[[1, 0.02]]"))
     three = [f"run-stage first --stages {stages} --ckpt {tmp_path}", f"run-stage second --stages {stages} --ckpt {tmp_path}",
              f"evaluate {tmp_path}/second/best.safetensors", f"export {tmp_path}/second/best.safetensors {tmp_path}/x.safetensors"]  # fmt: skip
     result = subprocess.run(

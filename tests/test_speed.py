@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -165,16 +166,17 @@ def test_compilation_as_configured_changes_nothing_but_the_speed(
     """Student and teacher, compiled by torch's own front end with a back end that needs no C++ compiler."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda m, compile=torch.compile, **k: compiled.append(k) or compile(m, **k))
-    for folder, backend in (("plain", "NO"), ("compiled", "EAGER")):
+    for folder, stage, backend in (
+        ("plain", "first", "NO"), ("plain", "second", "NO"), ("compiled", "second", "EAGER"),
+    ):  # fmt: skip
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
-        for stage in ("first", "second"):
-            result = invoke("run-stage", stage, "--stages", write(), "--ckpt", tmp_path / folder)
-            assert result.exit_code == 0 and ("compiled by eager" in result.output) == (backend == "EAGER")
-            reset_accelerate()
-    assert [k["backend"] for k in compiled] == ["eager"] * 3  # two students and a teacher
-    for stage in ("first", "second"):
-        paths = [tmp_path / folder / stage / "last.safetensors" for folder in ("plain", "compiled")]
-        assert same_training(*paths)
+        if backend == "EAGER":
+            shutil.copytree(tmp_path / "plain" / "first", tmp_path / "compiled" / "first")
+        result = invoke("run-stage", stage, "--stages", write(), "--ckpt", tmp_path / folder)
+        assert result.exit_code == 0 and ("compiled by eager" in result.output) == (backend == "EAGER")
+        reset_accelerate()
+    assert [k["backend"] for k in compiled] == ["eager"] * 2  # student and teacher
+    assert same_training(*(tmp_path / folder / "second" / "last.safetensors" for folder in ("plain", "compiled")))
 
 
 def test_traffic_counts_elements_and_multiplications() -> None:

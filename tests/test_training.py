@@ -57,7 +57,7 @@ def test_the_events_of_a_stage(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    stage = replace(STAGE, views=("jitter",), train_images=40, epochs=40, lr=((40, 0.02),), scale=16.0)
+    stage = replace(STAGE, views=("jitter",), train_images=40, epochs=24, lr=((24, 0.01),), scale=16.0)
     run = begin(stage, tmp_path)
     list(train_stage(stage, run))
     assert run.history[-1]["train_top1"] > 60 and run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
