@@ -83,7 +83,6 @@ if __name__ == "__main__" and not TYPE_CHECKING:
     # The program's own copy of this file only parses, checks and prints, which must not wait seconds for torch:
     # its Networks room stays a shell, and commands that compute run in the module `micronet` (see `command`).
     nn = SimpleNamespace(Module=object, Sequential=object)
-    gc.disable()  # until a command runs: looking for garbage while torch is imported takes a tenth of that time
 else:
     import torch
     import torch.nn.functional as F
@@ -404,7 +403,7 @@ def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
         except Refused as error:
             raise unacceptable(where, "teacher", stage.teacher, f"a checkpoint ({error})") from None
     else:
-        others = ", ".join(name for name in stages if name != stage.name) or "none"
+        others = ", ".join(name for name in stages if name != stage.name) or "there is none"
         raise unacceptable(where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint")
     if teacher.classes != stage.classes:
         words = f"a data set with its teacher's {teacher.classes} classes, not {stage.classes}"
@@ -1604,15 +1603,20 @@ def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[], None]]:
 
 
 def rewrite(file: TextIO, text: str) -> None:
-    """Put `text` in place of all that a file opened for appending holds."""
+    """Put `text` in place of all that a file opened for appending holds.
+
+    Past its buffer, which would be written again when the file is closed, with an error that does not name it.
+    """
     file.truncate(0)
-    file.write(text)
-    file.flush()
+    os.write(file.fileno(), text.encode())
 
 
 def failures(ckpt: Path) -> dict[str, str]:
-    """Return why stages failed, by name, for those whose last run did."""
-    texts = {path.name[1:-5]: path.read_text(errors="replace") for path in sorted(ckpt.glob(".*.lock"))}
+    """Return why stages failed, by name, for those whose last run did and whose file can be read."""
+    texts = {}
+    for path in sorted(ckpt.glob(".*.lock")):
+        with suppress(OSError), open_regular(path) as file:
+            texts[path.name[1:-5]] = file.read(4096).decode(errors="replace")
     return {name: text.removeprefix(FAILED) for name, text in texts.items() if text.startswith(FAILED)}
 
 
@@ -1718,25 +1722,26 @@ def metadata_if_sound(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
 def is_locked(stage: str, ckpt: Path) -> bool:
     """Tell whether a process trains a stage, without taking the lock even for a moment."""
     try:
-        with open(ckpt / f".{stage}.lock", "rb") as file:
+        with open_regular(ckpt / f".{stage}.lock") as file:
             asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
             return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
     except OSError:
         return False
 
 
-def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[Refused]]:
-    """Return the stages that have kept something in a folder, teachers first, and what cannot be read."""
+def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[str]]:
+    """Return the stages that have kept something in a folder, teachers first, and why files there cannot be read."""
     found: dict[str, tuple[Stage, dict[str, Any]]] = {}
-    damaged: list[Refused] = []
+    damaged: list[str] = []
     for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
         files = folder / "last.safetensors", folder / "previous.safetensors"
         try:
             if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_state)):
-                path, metadata, _ = sound
+                path, metadata, refused = sound
                 found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
-        except Refused as refused:
-            damaged.append(refused)
+                damaged += [f"{reason}: shown is {path}" for reason in refused]
+        except (Refused, OSError) as error:
+            damaged.append(str(error))
     order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
     return {stage: found[stage.name][1] for stage in order}, damaged
 
@@ -2021,17 +2026,6 @@ def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_d
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise Misconfigured("mixed_precision fp16 needs a GPU: expected no or bf16 on a CPU")
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free, for the next ones.
-
-    It would give every large one back to the kernel, and fault it in again: a third of a training step on a CPU, and
-    more than half of `evaluate`. Where the C library has no such settings nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in ((-4, 0), (-1, -1), (-2, 2**28)) if mallopt else ():
-        mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD in bytes
 
 
 def is_launched() -> bool:
@@ -2937,6 +2931,20 @@ def start_anew(folder: Path, accelerator: Accelerator, console: Console) -> None
     accelerator.wait_for_everyone()
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free for the next ones, where there is no GPU.
+
+    glibc would give every large tensor back to the kernel and fault the next one in: a third of a training step, more
+    than half of `evaluate`. The price is memory, in `evaluate` 1.7 instead of 1.2 GB. Where the user has set a MALLOC_
+    variable, or the C library has no such settings, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and not torch.cuda.is_available() and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+        mallopt(-2, 2**28)  # M_TOP_PAD: 256 MiB more at a time than is asked for
+
+
 class Launch(NamedTuple):
     """How a chain starts its stages."""
 
@@ -2977,8 +2985,9 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
         say(console, f"{wanted} {gpus}: training on {gpus}, with the same batch size")
         command += ["--num_processes", str(gpus)]
     if config.use_cpu or gpus == 0:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
-        environment["GOMP_SPINCOUNT"] = "1000"  # a thread that waits must not hold a core that another program needs
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+        environment["GOMP_SPINCOUNT"] = "1000"  # else threads that wait hold their cores: beside another program a
+        # step would take many times as long
     return Launch(command, environment | os.environ)
 
 
@@ -3061,7 +3070,6 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
         def run(**options: Any) -> None:
             try:
                 if __name__ != "__main__" or not computes:
-                    gc.enable()
                     if computes:
                         keep_freed_memory()
                     return function(**options)
@@ -3079,7 +3087,10 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                 prefix = "" if isinstance(failure, Stopped) else f"error{code}: "
                 say(Screen(stderr=True), prefix + " ".join(str(failure).split()))
                 raise typer.Exit(failure.exit_code) from None
-            getattr(importlib.import_module("micronet"), function.__name__)(**options)
+            gc.disable()  # looking for garbage takes a tenth of the time that torch takes to import
+            module = importlib.import_module("micronet")
+            gc.enable()
+            getattr(module, function.__name__)(**options)
 
         return app.command(name, hidden=hidden)(run)
 
@@ -3221,27 +3232,35 @@ def show(
     if follow:
         follow_stages(ckpt, console)
         return
-    if as_json:
-        typer.echo(json.dumps(stages_as_json(ckpt), indent=2))
-    else:
-        console.print(stages_picture(ckpt, min(console.width, 120), 12, console.options.ascii_only))
-    if svg:
-        replace_file(svg, as_svg(stages_picture(ckpt, 100, 12, False), "micronet show").encode())
-    for refused in kept_stages(ckpt)[1]:
-        raise refused  # the other stages are shown all the same
-
-
-def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: int | None = None) -> RenderableType:
-    """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
     kept, damaged = kept_stages(ckpt)
+    if as_json:
+        typer.echo(json.dumps(stages_as_json(ckpt, kept), indent=2))
+    else:
+        console.print(stages_picture(ckpt, kept, damaged, min(console.width, 120), 12, console.options.ascii_only))
+    if svg:
+        replace_file(svg, as_svg(stages_picture(ckpt, kept, damaged, 100, 12, False), "micronet show").encode())
+    if damaged:
+        raise Refused("; ".join(damaged))
+
+
+def stages_picture(
+    ckpt: Path,
+    kept: dict[Stage, dict[str, Any]],
+    damaged: list[str],
+    width: int,
+    tall: int,
+    ascii_only: bool,
+    room: int | None = None,
+) -> RenderableType:
+    """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
     states, drawn = stage_states(kept, ckpt), list(kept.items())
-    table = chain_table(chain_rows(kept, states)) if kept else Text("no stage has finished an epoch here")
-    parts: list[RenderableType] = [table]
+    nothing = Text("no stage can be read here" if damaged else "no stage has finished an epoch here")
+    parts: list[RenderableType] = [chain_table(chain_rows(kept, states)) if kept else nothing]
+    lines = list(damaged)
     for name, reason in failures(ckpt).items():
-        if states.get(name, "failed") == "failed":  # a stage that has kept nothing has no state
-            parts.append(Text(printable(f" {name} failed: {reason}")))
-    if room is not None:  # else `show` ends with it
-        parts += [Text(printable(f" {refused}")) for refused in damaged]
+        if states.get(name, "failed") == "failed" and reason not in damaged:  # one that has kept nothing has no state
+            lines.append(f"{name} failed: {reason}")
+    parts += [Text(printable(f" {line}"), no_wrap=room is not None, overflow="ellipsis") for line in lines]
     heads = len(parts)
     if room is not None:
         working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
@@ -3254,9 +3273,8 @@ def stages_picture(ckpt: Path, width: int, tall: int, ascii_only: bool, room: in
     return Group(*parts[heads:], *parts[:heads]) if room is None else Group(*parts)  # the table last, where it is seen
 
 
-def stages_as_json(ckpt: Path) -> list[dict[str, Any]]:
+def stages_as_json(ckpt: Path, kept: dict[Stage, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what stages have come to, with every epoch's figures."""
-    kept, _ = kept_stages(ckpt)
     states, failed = stage_states(kept, ckpt), failures(ckpt)
     return [
         {
@@ -3280,7 +3298,7 @@ def follow_stages(ckpt: Path, console: Console) -> None:
 
     def picture() -> RenderableType:
         width, height = console.size
-        return stages_picture(ckpt, min(width, 120), 16, console.options.ascii_only, height)
+        return stages_picture(ckpt, *kept_stages(ckpt), min(width, 120), 16, console.options.ascii_only, height)
 
     with StopRequest() as stop, Live(console=console, get_renderable=picture, auto_refresh=False) as live:
         while not stop.made():

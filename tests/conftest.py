@@ -89,7 +89,7 @@ WIDE = os.environ | {"COLUMNS": "200"}
 
 def invoke(*arguments: object) -> Result:
     """Run a command in this process."""
-    return CliRunner().invoke(micronet.app, [str(a) for a in arguments], catch_exceptions=False, env=WIDE)
+    return CliRunner().invoke(micronet.app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "200"})
 
 
 def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -348,6 +348,16 @@ def test_a_full_disk(half: Path, undisturbed: Path) -> None:
     assert train(half).exit_code == 0 and same_as(half, undisturbed)
 
 
+def test_a_disk_that_is_full_at_the_start_names_the_file(half: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most[1]))
+    try:
+        result = train(half)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert (result.exit_code, result.stderr) == (5, f"error: {half / '.first.lock'}: File too large\n")
+
+
 def test_too_little_room_is_found_before_training(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100_000))
     result = train(half)

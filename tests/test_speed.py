@@ -1,5 +1,6 @@
 """Speed: what is measured adds up, and the fast trainer computes what the plain one does."""
 
+import ctypes
 import importlib.util
 import io
 import json
@@ -81,6 +82,11 @@ def test_fifty_steps_follow_the_plain_trainer(taught: bool, plain: ModuleType) -
     assert len(losses) == 50 and losses == pytest.approx(expected, abs=1e-3)
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+@pytest.mark.skipif(HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(), reason="huge pages hide the faults")
 def test_a_command_that_computes_keeps_freed_memory() -> None:
     """Without that, every one of these tensors would be faulted in anew: 16,384 pages each."""
     assert invoke("evaluate", "missing.safetensors").exit_code == 3

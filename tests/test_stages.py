@@ -127,7 +127,7 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + "train_images = 100": "stage a: batch_size = 128: expected at most the 100 training images",
     GOOD + "batch_size = 50001": "stage a: batch_size = 50001: expected at most the 50000 training images",
     GOOD + "seed = -1": "stage a: seed = -1: expected",
-    GOOD + 'teacher = "b"': 'stage a: teacher = "b": expected another stage (none) or the path of a checkpoint',
+    GOOD + 'teacher = "b"': 'stage a: teacher = "b": expected another stage (there is none) or the path of a checkpoint',
     GOOD + 'teacher = "no/such.safetensors"': 'teacher = "no/such.safetensors": expected a checkpoint (',
     GOOD + 'teacher = "a"': 'stage a: teacher = "a": expected no cycle, but it goes a -> a',
     GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "efficientnet_b0"\nteacher = "a"': "a -> b -> a",

@@ -255,14 +255,44 @@ def test_show_takes_a_folder_whose_teachers_go_round(kept: Path, tmp_path: Path)
     assert {result["stage"] for result in states} == {"first", "second"}
 
 
-def test_a_damaged_stage_hides_no_other(kept: Path, tmp_path: Path) -> None:
-    shutil.copytree(kept, tmp_path / "ckpt")
-    for file in ("last", "previous"):
-        (tmp_path / "ckpt" / "first" / f"{file}.safetensors").write_bytes(b"damaged")
-    for options, words in (([], " second "), (["--json"], '"stage": "second"')):
-        result = invoke("show", "--ckpt", tmp_path / "ckpt", *options)
-        assert result.exit_code == 3 and words in result.stdout
-        assert "first/last.safetensors: " in result.stderr and result.stderr.count("\n") == 1
+@pytest.mark.parametrize("damage", ["last", "both", "folder", "lock"])
+def test_a_damaged_stage_hides_no_other(
+    damage: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(kept, ckpt := tmp_path / "ckpt")
+    first = ckpt / "first"
+    for file in {"last": ["last"], "both": ["last", "previous"]}.get(damage, []):
+        (first / f"{file}.safetensors").write_bytes(b"damaged")
+    if damage == "folder":  # whose permissions do not hold root back
+
+        def read_state(path: Path, real: object = micronet.read_state) -> dict[str, object]:
+            if path.parent == first:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(micronet, "read_state", read_state)
+    if damage == "lock":
+        (ckpt / ".first.lock").unlink(missing_ok=True)
+        os.mkfifo(ckpt / ".first.lock")
+    for options, words in (([], "second "), (["--json"], '"stage": "second"')):
+        result = invoke("show", "--ckpt", ckpt, *options)
+        assert result.exit_code == (0 if damage == "lock" else 3) and words in result.stdout, result.output
+        if damage != "lock":
+            assert f"{first / 'last.safetensors'}" in result.stderr and result.stderr.count("\n") == 1
+    assert damage != "last" or "first " in result.stdout or '"stage": "first"' in result.stdout
+
+
+def test_all_that_is_damaged_is_named(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept, ckpt := tmp_path / "ckpt")
+    for path in ckpt.glob("*/*.safetensors"):
+        path.write_bytes(b"damaged")
+    result = invoke("show", "--ckpt", ckpt)
+    assert result.exit_code == 3 and "no stage can be read here" in result.stdout
+    assert all(f"{ckpt / name / 'previous.safetensors'}: " in result.stderr for name in ("first", "second"))
+    kept_now, damaged = micronet.kept_stages(ckpt)
+    console = micronet.Screen(file=io.StringIO(), width=80, height=24)
+    console.print(micronet.stages_picture(ckpt, kept_now, damaged, 80, 16, False, 24))
+    assert console.file.getvalue().count("\n") == 3
 
 
 def test_a_refused_command_says_nothing_of_the_stage(kept: Path, tmp_path: Path) -> None:
