@@ -39,6 +39,8 @@ teacher = "first"
 """
 
 
+ONE_EPOCH = TINY.replace("epochs = 3", "epochs = 1").replace("[[2, 0.02], [3, 0.002]]", "[[1, 0.02]]")
+
 # Files that take a minute or more: started first, each by a worker of its own.
 SLOW = ("test_readme", "test_program", "test_reliability")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, WIDE, invoke, program, reset_accelerate
+from conftest import ONE_EPOCH, ROOT, TINY, WIDE, invoke, program, reset_accelerate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -169,7 +169,7 @@ def newest(log: Path) -> Path | None:
     return next((state for state in states if state.exists()), None)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_stage_ends_with_the_same_bits(kills: int, undisturbed: Path, tmp_path: Path) -> None:
     """Rounds of a whole stage, killed at random moments until so many kills are spent."""
     killed, rounds = 0, 0
@@ -506,7 +506,7 @@ for words in sys.stdin.read().splitlines():
     from accelerate.state import AcceleratorState, GradientState
     AcceleratorState._reset_state(True); GradientState._reset_state()
 """
-    stages = write(TINY.replace("epochs = 3", "epochs = 1").replace("[[2, 0.02], [3, 0.002]]", "[[1, 0.02]]"))
+    stages = write(ONE_EPOCH)
     three = [f"run-stage first --stages {stages} --ckpt {tmp_path}", f"run-stage second --stages {stages} --ckpt {tmp_path}",
              f"evaluate {tmp_path}/second/best.safetensors", f"export {tmp_path}/second/best.safetensors {tmp_path}/x.safetensors"]  # fmt: skip
     result = subprocess.run(

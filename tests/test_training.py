@@ -99,11 +99,11 @@ def test_the_teacher_is_frozen_and_sees_the_very_same_images(chain: dict[str, St
 
 
 def test_the_teachers_labels_decide_not_the_true_ones(chain: dict[str, Stage], tmp_path: Path) -> None:
-    weights = []
+    stage, weights = replace(chain["second"], epochs=1), []
     for shift in (0, 1):
-        run = begin(chain["second"], tmp_path)
+        run = begin(stage, tmp_path)
         run.train.labels.add_(shift).remainder_(10)
-        list(train_stage(chain["second"], run))
+        list(train_stage(stage, run))
         weights.append(run.student.embedding.weight.clone())
         reset_accelerate()
     assert torch.equal(*weights)
