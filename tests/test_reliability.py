@@ -612,6 +612,7 @@ def test_nan_ends_the_run_and_spares_what_is_kept(where: str, half: Path, monkey
         assert "epoch 5, step 2 of 6" in result.stderr
 
 
+@pytest.mark.long  # half a minute of it is torch waiting for the stopped one
 def test_a_stopped_process_ends_the_other(write: Callable[..., Path], tmp_path: Path) -> None:
     chain = Chain(
         tmp_path,
@@ -731,6 +732,7 @@ def test_a_reader_that_goes_away_does_not_end_a_run(write: Callable[..., Path], 
     assert read_metadata(tmp_path / "first" / "last.safetensors")["last"]["epoch"] == 3
 
 
+@pytest.mark.long
 def test_a_full_log_does_not_end_a_run(write: Callable[..., Path], tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, ROOT / "micronet.py", "run-stage", "first", "--stages", write(), "--ckpt", tmp_path]
