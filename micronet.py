@@ -1646,19 +1646,19 @@ def check_room(folder: Path, network: nn.Module) -> None:
         raise Unwritable(f"{folder}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
 
 
-def last_paths(stage: Stage, ckpt: Path) -> tuple[Path, Path]:
-    """Return where the state of a stage's last epoch is kept, and that of the epoch before it."""
-    return ckpt / stage.name / "last.safetensors", ckpt / stage.name / "previous.safetensors"
+def last_paths(folder: Path) -> tuple[Path, Path]:
+    """Return where the state of a stage's last epoch is kept in its folder, and that of the epoch before it."""
+    return folder / "last.safetensors", folder / "previous.safetensors"
 
 
-def best_paths(stage: Stage, ckpt: Path) -> tuple[Path, Path]:
-    """Return where the network of a stage's best epoch is kept, and that of the epoch that was the best before it."""
-    return ckpt / stage.name / "best.safetensors", ckpt / stage.name / "overtaken.safetensors"
+def best_paths(folder: Path) -> tuple[Path, Path]:
+    """Return where the network of a stage's best epoch is kept in its folder, and that of the best before it."""
+    return folder / "best.safetensors", folder / "overtaken.safetensors"
 
 
 def check_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
     """Raise Refused unless best.safetensors holds the best epoch of a stage that has kept `metadata`."""
-    path, epoch = best_paths(stage, ckpt)[0], metadata["best"]["epoch"]
+    path, epoch = best_paths(ckpt / stage.name)[0], metadata["best"]["epoch"]
     if not (path.exists() and read_metadata(path)["epoch"] == epoch):
         raise Refused(
             f"{path}: expected the network of epoch {epoch}, the best of stage {stage.name}: restore it, or train the "
@@ -1671,7 +1671,7 @@ def settle_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
 
     That epoch is trained again and may, on a GPU, come out differently. Raises Refused where its network is gone.
     """
-    path, overtaken = best_paths(stage, ckpt)
+    path, overtaken = best_paths(ckpt / stage.name)
     try:
         check_best(stage, ckpt, metadata)
     except Refused:
@@ -1703,7 +1703,7 @@ def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
 
     Raises Misconfigured if the stage has changed, Refused if nothing that it has kept can be read.
     """
-    found = first_sound(last_paths(stage, ckpt), read_state)
+    found = first_sound(last_paths(ckpt / stage.name), read_state)
     if found is None:
         return None
     path, metadata, _ = found
@@ -1734,9 +1734,8 @@ def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[str]]:
     found: dict[str, tuple[Stage, dict[str, Any]]] = {}
     damaged: list[str] = []
     for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
-        files = folder / "last.safetensors", folder / "previous.safetensors"
         try:
-            if re.fullmatch(NAME, folder.name) and (sound := first_sound(files, read_state)):
+            if re.fullmatch(NAME, folder.name) and (sound := first_sound(last_paths(folder), read_state)):
                 path, metadata, refused = sound
                 found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
                 damaged += [f"{reason}: shown is {path}" for reason in refused]
@@ -2041,7 +2040,7 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> 
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    found = first_sound(last_paths(stage, ckpt), load_state)
+    found = first_sound(last_paths(ckpt / stage.name), load_state)
     if found:
         check_unchanged(stage, found[0], found[1][1])
         if accelerator.is_main_process:
@@ -2110,7 +2109,7 @@ def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
     network = run.student.state_dict()
     best, last = best_of(run.history), run.history[-1]
     explanation = explain(stage, run)
-    path, overtaken = best_paths(stage, folder.parent)
+    path, overtaken = best_paths(folder)
     if best is last:
         save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
     else:
@@ -2119,7 +2118,7 @@ def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
             save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
     state = run.optimizer.state
     momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
-    kept, previous = last_paths(stage, folder.parent)
+    kept, previous = last_paths(folder)
     save_checkpoint(kept, network | momentum, explanation | {"epoch": last["epoch"]}, previous)
     replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
 
@@ -2986,8 +2985,8 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
         command += ["--num_processes", str(gpus)]
     if config.use_cpu or gpus == 0:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
-        environment["GOMP_SPINCOUNT"] = "1000"  # else threads that wait hold their cores: beside another program a
-        # step would take many times as long
+        # threads that wait would hold their cores: beside another program a step would take many times as long
+        environment["GOMP_SPINCOUNT"] = "1000"
     return Launch(command, environment | os.environ)
 
 
@@ -3256,7 +3255,7 @@ def stages_picture(
     states, drawn = stage_states(kept, ckpt), list(kept.items())
     nothing = Text("no stage can be read here" if damaged else "no stage has finished an epoch here")
     parts: list[RenderableType] = [chain_table(chain_rows(kept, states)) if kept else nothing]
-    lines = list(damaged)
+    lines = [] if room is None else list(damaged)  # `show` ends with them
     for name, reason in failures(ckpt).items():
         if states.get(name, "failed") == "failed" and reason not in damaged:  # one that has kept nothing has no state
             lines.append(f"{name} failed: {reason}")
