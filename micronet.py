@@ -16,6 +16,11 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
     micronet.py score                           parameters, operations and MicroNet score of every network
     micronet.py export ckpt/ex/best.safetensors ex.onnx                        the network as it ships, folded
 
+The method, some 600 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
+Networks, Losses and, in Training, `train_stage`. The program around it: Cost (what a network costs), Files (a checkpoint
+in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors' files in), Speed,
+Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their own) and Commands.
+
 References
 [1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
 [2] Bagherinezhad et al., Label Refinery, arXiv 1805.02641
@@ -479,6 +484,7 @@ def stream_seed(*what: Any) -> int:
 # What is fed in: uint8 images that live on the training device, and the augmented views as batched tensor operations.
 
 SIDE = 32  # pixels
+
 MEAN, STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of CIFAR-100's training pixels in [0, 1], RGB [1]
 LUMA = (0.2989, 0.587, 0.114)  # grey from RGB, ITU-R 601-2 as in torchvision
 
@@ -584,6 +590,21 @@ def synthetic_images(n: int, train: bool) -> Images:
         pixels.append((image.clamp(0, 1) * 255).round().to(torch.uint8))
         labels.append(label)
     return Images(torch.cat(pixels)[:n], torch.cat(labels)[:n], list(SHAPES))
+
+
+def random_images(stage: Stage, n: int) -> Images:
+    """Return `n` images and labels that mean nothing, of the stage's kind."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.randint(stage.classes, (n,), generator=generator), [])
+
+
+def images_at_hand(stage: Stage, data: Path) -> tuple[Images, str]:
+    """Return a stage's test images if they are there, else random ones, and what they are."""
+    here = all((data / "cifar-100-python" / name).exists() for name in ("train", "test", "meta"))
+    if stage.dataset != "cifar100" or here:
+        return load_images(stage, data, train=False), "test images"
+    return random_images(stage, 1000), "random images"
 
 
 class View(NamedTuple):
@@ -746,7 +767,6 @@ NETWORKS = {
     "efficientnet_ex": Multipliers(0.8, 0.8),
     "efficientnet_exx": Multipliers(0.8, 0.7),
 }
-
 BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, table 1, with fewer strides, for 32 x 32]
     (1, 16, 1, 1, 3),
     (6, 24, 2, 1, 3),
@@ -756,6 +776,7 @@ BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, tabl
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 ]
+
 STEM, HEAD, EMBEDDING = 32, 1280, 200  # channels, channels, dimensions
 
 
@@ -1197,9 +1218,9 @@ def total_cost(costs: Collection[Cost]) -> Cost:
     return Cost(*map(sum, zip(*costs)))
 
 
-# ------------------------------------------------------------------------------------------------------- Checkpoints
-# What is kept. best.safetensors holds a network; last.safetensors the momentum too, all that resuming needs. The one
-# metadata key is sorted JSON that explains the file by itself and carries a SHA-256 of everything.
+# ------------------------------------------------------------------------------------------------------------- Files
+# A checkpoint in and out. The one metadata key is sorted JSON that explains the file by itself and carries a SHA-256 of
+# everything.
 
 FORMAT = 1
 MOMENTUM = "momentum."  # before a parameter's name: its momentum
@@ -1236,30 +1257,6 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return the metadata of a state that a stage can go on from; raises Refused for any other checkpoint."""
-    return checked_state(path, read_metadata(path))
-
-
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata of a state that a stage can go on from; raises Refused."""
-    tensors, metadata = load_checkpoint(path)
-    checked_state(path, metadata)
-    if metadata["stage"]["momentum"] > 0 and not any(name.startswith(MOMENTUM) for name in tensors):
-        raise Refused(f"{path}: holds a network and no momentum: expected a last.safetensors, not a best.safetensors")
-    return tensors, metadata
-
-
-def checked_state(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata if they are those of a training run; raises Refused."""
-    try:
-        if "exported" in metadata or not metadata["cost"] or tested_at(metadata["history"][-1]) != metadata["last"]:
-            raise ValueError
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise Refused(f"{path}: its metadata hold no history of a training run: it is exported or imported") from None
-    return metadata
-
-
 def trained_stage(path: Path, metadata: dict[str, Any]) -> Stage:
     """Return the stage that a checkpoint's metadata describe; raises Refused."""
     try:
@@ -1267,6 +1264,14 @@ def trained_stage(path: Path, metadata: dict[str, Any]) -> Stage:
         return stage_from(str(path), table.pop("name"), table, {})
     except (Misconfigured, KeyError, AttributeError, TypeError) as error:
         raise Refused(f"{path}: its metadata describe no stage ({error})") from None
+
+
+def stored_top1(metadata: dict[str, Any]) -> float | None:
+    """Return the accuracy in percent of the network in a checkpoint, if it has been measured."""
+    if "exported" in metadata:
+        return metadata["exported"]["top1"]
+    tested = [record["test_top1"] for record in metadata["history"] if record["epoch"] == metadata["epoch"]]
+    return tested[0] if tested else None
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
@@ -1277,6 +1282,12 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_checkpoint(
@@ -1371,12 +1382,308 @@ def fill_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> 
     network.load_state_dict(weights)
 
 
-def stored_top1(metadata: dict[str, Any]) -> float | None:
-    """Return the accuracy in percent of the network in a checkpoint, if it has been measured."""
-    if "exported" in metadata:
-        return metadata["exported"]["top1"]
-    tested = [record["test_top1"] for record in metadata["history"] if record["epoch"] == metadata["epoch"]]
-    return tested[0] if tested else None
+# ----------------------------------------------------------------------------------------------------------- Keeping
+# What a stage keeps, and going on from it. best.safetensors holds a network; last.safetensors the momentum too, all
+# that resuming needs.
+
+
+def last_paths(folder: Path) -> tuple[Path, Path]:
+    """Return where the state of a stage's last epoch is kept in its folder, and that of the epoch before it."""
+    return folder / "last.safetensors", folder / "previous.safetensors"
+
+
+def best_paths(folder: Path) -> tuple[Path, Path]:
+    """Return where the network of a stage's best epoch is kept in its folder, and that of the best before it."""
+    return folder / "best.safetensors", folder / "overtaken.safetensors"
+
+
+def teacher_path(stage: Stage, ckpt: Path) -> Path:
+    """Return where the checkpoint of a stage's teacher is kept."""
+    return Path(stage.teacher) if is_path(stage.teacher) else ckpt / stage.teacher / "best.safetensors"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the metadata of a state that a stage can go on from; raises Refused for any other checkpoint."""
+    return checked_state(path, read_metadata(path))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and metadata of a state that a stage can go on from; raises Refused."""
+    tensors, metadata = load_checkpoint(path)
+    checked_state(path, metadata)
+    if metadata["stage"]["momentum"] > 0 and not any(name.startswith(MOMENTUM) for name in tensors):
+        raise Refused(f"{path}: holds a network and no momentum: expected a last.safetensors, not a best.safetensors")
+    return tensors, metadata
+
+
+def checked_state(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata if they are those of a training run; raises Refused."""
+    try:
+        if "exported" in metadata or not metadata["cost"] or tested_at(metadata["history"][-1]) != metadata["last"]:
+            raise ValueError
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise Refused(f"{path}: its metadata hold no history of a training run: it is exported or imported") from None
+    return metadata
+
+
+def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[Path, Any, list[str]] | None:
+    """Return the first of `paths` that can be read, what is read, and why not those before it; None if there is none.
+
+    Raises Refused if all that exist are damaged: a stage must not start from zero because its file is damaged.
+    """
+    refused: list[str] = []
+    for path in paths:
+        try:
+            if path.exists():
+                return path, read(path), refused
+        except Refused as error:
+            refused.append(str(error))
+    if refused:
+        raise Refused(f"{'; '.join(refused)}; nothing is left to go on from: restore one, or --restart the stage")
+    return None
+
+
+def tested_at(record: dict[str, Any]) -> dict[str, Any]:
+    return {"epoch": record["epoch"], "top1": record["test_top1"], "top5": record["test_top5"]}
+
+
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of the epoch with the highest test top-1, the first of equals."""
+    return max(history, key=lambda record: record["test_top1"])
+
+
+def is_finished(stage: Stage, metadata: dict[str, Any] | None) -> bool:
+    """Tell whether a stage has trained all its epochs, from what it has kept (None: nothing)."""
+    return epochs_done(metadata) >= stage.epochs
+
+
+def epochs_done(metadata: dict[str, Any] | None) -> int:
+    return metadata["last"]["epoch"] if metadata else 0
+
+
+def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
+    """Return how many images a stage has still to see."""
+    return max(0, stage.epochs - epochs_done(metadata)) * stage.steps_per_epoch * stage.batch_size
+
+
+def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
+    """Return the metadata of what a stage has kept so far, or None.
+
+    Raises Misconfigured if the stage has changed, Refused if nothing that it has kept can be read.
+    """
+    found = first_sound(last_paths(ckpt / stage.name), read_state)
+    if found is None:
+        return None
+    path, metadata, _ = found
+    check_unchanged(stage, path, metadata)
+    return metadata
+
+
+def metadata_if_sound(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
+    """Return the metadata of what another stage has kept, or None: what is only looked at stops no run."""
+    try:
+        return kept_metadata(stage, ckpt)
+    except Failure:
+        return None
+
+
+def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[str]]:
+    """Return the stages that have kept something in a folder, teachers first, and why files there cannot be read."""
+    found: dict[str, tuple[Stage, dict[str, Any]]] = {}
+    damaged: list[str] = []
+    for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
+        try:
+            if re.fullmatch(NAME, folder.name) and (sound := first_sound(last_paths(folder), read_state)):
+                path, metadata, refused = sound
+                found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
+                damaged += [f"{reason}: shown is {path}" for reason in refused]
+        except (Refused, OSError) as error:
+            damaged.append(str(error))
+    order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
+    return {stage: found[stage.name][1] for stage in order}, damaged
+
+
+def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
+    """Raise Misconfigured where a checkpoint comes from another definition of the stage."""
+    kept, done = trained_stage(path, metadata), epochs_done(metadata)
+    changes = [
+        f"{f.name} was {shown(getattr(kept, f.name))} and is {shown(getattr(stage, f.name))}"
+        for f in fields(Stage)
+        if getattr(kept, f.name) != getattr(stage, f.name) and not is_extension(f.name, kept, stage, done)
+    ]
+    if changes:
+        raise Misconfigured(
+            f"stage {stage.name}: {path} comes from another definition: {'; '.join(changes)}; "
+            "undo the change, train it anew with run-stage --restart, or name another --ckpt"
+        )
+
+
+def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
+    """Tell whether a changed field concerns only epochs that are still to come, more of them or their rates."""
+    if name == "epochs":
+        return stage.epochs > kept.epochs and not isinstance(stage.lr, Schedule)
+    if name != "lr" or isinstance(stage.lr, Schedule) or isinstance(kept.lr, Schedule):
+        return False
+    steps = [epoch * stage.steps_per_epoch for epoch in range(done)]
+    return all(learning_rate(kept, step) == learning_rate(stage, step) for step in steps)
+
+
+FAILED = "failed: "
+
+
+@contextmanager
+def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[], None]]:
+    """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
+
+    A POSIX lock ends with the process, however that ends, and no child inherits it. It also ends when the process
+    closes the file anywhere: `stage_states`, which reads it, is for before and after. Its file names the process and,
+    if that failed, why. What is yielded raises Refused once that file is gone, so that another process may have it.
+    """
+    ckpt.mkdir(parents=True, exist_ok=True)
+    path = ckpt / f".{stage.name}.lock"  # not inside the folder, which --restart moves
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise Locked(f"stage {stage.name}: process {file.read().strip() or '?'} trains it in {ckpt}") from None
+        try:
+            rewrite(file, f"{os.getpid()} on {platform.node()}")
+        except OSError as error:
+            error.filename = str(path)  # which a full disk does not say
+            raise
+        for leftover in (ckpt / stage.name).glob(".*.part"):
+            leftover.unlink()
+
+        def check_held() -> None:
+            if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                raise Refused(f"{ckpt}: removed or replaced while stage {stage.name} trained: nothing more is kept")
+
+        try:
+            yield check_held
+        except (Stopped, Misconfigured):  # a command that was refused says nothing of the stage
+            raise
+        except Exception as error:
+            with suppress(OSError):  # on a full disk, say
+                rewrite(file, f"{FAILED}{error}"[:500])
+            raise
+
+
+def rewrite(file: TextIO, text: str) -> None:
+    """Put `text` in place of all that a file opened for appending holds.
+
+    Past its buffer, which would be written again when the file is closed, with an error that does not name it.
+    """
+    file.truncate(0)
+    os.write(file.fileno(), text.encode())
+
+
+def failures(ckpt: Path) -> dict[str, str]:
+    """Return why stages failed, by name, for those whose last run did and whose file can be read."""
+    texts = {}
+    for path in sorted(ckpt.glob(".*.lock")):
+        with suppress(OSError), open_regular(path) as file:
+            texts[path.name[1:-5]] = file.read(4096).decode(errors="replace")
+    return {name: text.removeprefix(FAILED) for name, text in texts.items() if text.startswith(FAILED)}
+
+
+def is_locked(stage: str, ckpt: Path) -> bool:
+    """Tell whether a process trains a stage, without taking the lock even for a moment."""
+    try:
+        with open_regular(ckpt / f".{stage}.lock") as file:
+            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+            return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+    except OSError:
+        return False
+
+
+def stage_states(kept: dict[Stage, dict[str, Any] | None], ckpt: Path) -> dict[str, str]:
+    """Return the state of each stage: running, done, failed, stopped or waiting."""
+    failed = failures(ckpt)
+
+    def state(stage: Stage, metadata: dict[str, Any] | None) -> str:
+        if is_locked(stage.name, ckpt):
+            return "running"
+        if is_finished(stage, metadata):
+            return "done"
+        return "failed" if stage.name in failed else "stopped" if metadata else "waiting"
+
+    return {stage.name: state(stage, metadata) for stage, metadata in kept.items()}
+
+
+def check_room(folder: Path, network: nn.Module) -> None:
+    """Raise Unwritable unless a stage's files can be written and fit on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Unwritable(f"{folder}: this process may not write here")
+    sync_folder(folder.parent)
+    size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
+    needed, free = 8 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, best twice
+    if free < needed:
+        raise Unwritable(f"{folder}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
+
+
+def check_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
+    """Raise Refused unless best.safetensors holds the best epoch of a stage that has kept `metadata`."""
+    path, epoch = best_paths(ckpt / stage.name)[0], metadata["best"]["epoch"]
+    if not (path.exists() and read_metadata(path)["epoch"] == epoch):
+        raise Refused(
+            f"{path}: expected the network of epoch {epoch}, the best of stage {stage.name}: restore it, or train the "
+            f"stage anew with run-stage {stage.name} --restart"
+        )
+
+
+def settle_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
+    """Make best.safetensors hold the best epoch of what is kept, also where a run was cut off after a later one.
+
+    That epoch is trained again and may, on a GPU, come out differently. Raises Refused where its network is gone.
+    """
+    path, overtaken = best_paths(ckpt / stage.name)
+    try:
+        check_best(stage, ckpt, metadata)
+    except Refused:
+        if not overtaken.exists() or read_metadata(overtaken)["epoch"] != metadata["best"]["epoch"]:
+            raise
+        os.replace(overtaken, path)
+        sync_folder(path.parent)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a stage's folder so that the stage starts anew; return its new place, or None if there was nothing."""
+    if not folder.exists():
+        return None
+    n = 1
+    while (aside := folder.with_name(f"{folder.name}.old{n}")).exists():
+        n += 1
+    return folder.rename(aside)
+
+
+# ------------------------------------------------------------------------------------------------------------ Export
+# What a network that is kept costs, how it ships, and how one of the authors' comes in.
+
+
+def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
+    """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and how accurate a checkpoint is."""
+    if name in NETWORKS:
+        network, top1 = build_network(name), None
+    elif is_path(name):
+        tensors, metadata = load_checkpoint(Path(name))
+        network, top1 = network_from(Path(name), tensors, metadata), stored_top1(metadata)
+    else:
+        raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
+    kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in operations(network)}
+    results = []
+    for rules in counts:
+        costs = layer_costs(network, rules)
+        cost = total_cost(costs.values())
+        derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
+        results.append({"name": name, "rules": rules, **cost._asdict(), **derived, "top1": top1})
+        if layers:
+            rows = [{"layer": n, "kind": kinds[n], **c._asdict(), "score": c.score} for n, c in costs.items()]
+            results[-1]["layers"] = rows
+    return results
 
 
 class Shipped(nn.Module):
@@ -1395,6 +1702,64 @@ class Shipped(nn.Module):
 EXPORTS = (".safetensors", ".onnx", ".pt2")
 
 
+def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
+    """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
+
+    On the test images where they are at hand, on random images where not. Raises Failure.
+    """
+    check_export(out)
+    tensors, metadata = load_checkpoint(path)
+    if "exported" in metadata:
+        raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
+    network = network_from(path, tensors, metadata)
+    folded = fold_network(copy.deepcopy(network).double()).float()
+    stage, cost = trained_stage(path, metadata), total_cost(layer_costs(folded, "official").values())
+    images, on = images_at_hand(stage, data)
+    batches = normalize(images.pixels.float() / 255).split(250)
+    with torch.no_grad():
+        before, ours = (torch.cat([n(batch) for batch in batches]) for n in (network, folded))
+        rounded = copy.deepcopy(folded).half().float()
+        predicted = torch.cat([rounded(batch) for batch in batches]).argmax(1)
+
+    def top1(predictions: Tensor) -> float | None:
+        hits = int((predictions == images.labels).sum())
+        return 100 * hits / len(predictions) if on == "test images" else None
+
+    kept = ("format", "micronet", "stage", "class_names", "best", "last", "epoch", "teacher", "versions", "commit")
+    origin = {"file": path.name, "sha256": file_hash(path), "top1": top1(predicted), "weights": "float16"}
+    explanation = {name: metadata[name] for name in kept if name in metadata} | {"exported": origin}
+    written = export_network(out, folded, explanation)
+    with torch.no_grad():
+        after = torch.cat([written(batch) for batch in batches])
+    return {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "counted_bytes": cost.bytes,
+        "images": len(before),
+        "on": on,
+        "agree": int((after.argmax(1) == before.argmax(1)).sum()),
+        "difference": (after - ours).abs().max().item(),  # from the folded network before rounding
+        "largest": ours.abs().max().item(),
+        "top1_before": top1(before.argmax(1)),
+        "top1": top1(after.argmax(1)),
+        "score": cost.score,
+    }
+
+
+def check_export(target: Path) -> None:
+    """Raise Misconfigured where an export would not do: another ending, a missing package, on top of a checkpoint."""
+    if target.suffix not in EXPORTS:
+        raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
+    if target.suffix == ".safetensors" and target.exists():
+        with suppress(Refused):  # what is no checkpoint may be replaced, as may an older export
+            if "exported" not in read_metadata(target):
+                raise Misconfigured(f"{target}: holds a checkpoint that is not exported: expected another name")
+    if target.suffix == ".onnx":
+        for package in ("onnxscript", "onnxruntime"):  # torch.onnx needs the first, the comparison the second
+            if importlib.util.find_spec(package) is None:
+                raise Misconfigured(f"{target}: the package {package} is missing: uv sync --extra onnx")
+
+
 def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Write a folded network with 16-bit weights and return what the file, read again, computes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1410,20 +1775,6 @@ def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> 
         replace_file(path, buffer.getvalue())
         return torch.export.load(path).module()
     return export_onnx(path, Shipped(network), example, batch, metadata)
-
-
-def check_export(target: Path) -> None:
-    """Raise Misconfigured where an export would not do: another ending, a missing package, on top of a checkpoint."""
-    if target.suffix not in EXPORTS:
-        raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
-    if target.suffix == ".safetensors" and target.exists():
-        with suppress(Refused):  # what is no checkpoint may be replaced, as may an older export
-            if "exported" not in read_metadata(target):
-                raise Misconfigured(f"{target}: holds a checkpoint that is not exported: expected another name")
-    if target.suffix == ".onnx":
-        for package in ("onnxscript", "onnxruntime"):  # torch.onnx needs the first, the comparison the second
-            if importlib.util.find_spec(package) is None:
-                raise Misconfigured(f"{target}: the package {package} is missing: uv sync --extra onnx")
 
 
 def export_onnx(
@@ -1511,282 +1862,6 @@ def published_names(network: EfficientNet) -> dict[str, str]:
     head = f"features.{len(network.blocks) + 1}"
     names |= {"head.0": f"{head}.1", "head.1": f"{head}.2"}
     return names | {"embedding": "classifier.0", "cosine": "classifier.2"}
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def teacher_path(stage: Stage, ckpt: Path) -> Path:
-    """Return where the checkpoint of a stage's teacher is kept."""
-    return Path(stage.teacher) if is_path(stage.teacher) else ckpt / stage.teacher / "best.safetensors"
-
-
-def is_finished(stage: Stage, metadata: dict[str, Any] | None) -> bool:
-    """Tell whether a stage has trained all its epochs, from what it has kept (None: nothing)."""
-    return epochs_done(metadata) >= stage.epochs
-
-
-def epochs_done(metadata: dict[str, Any] | None) -> int:
-    return metadata["last"]["epoch"] if metadata else 0
-
-
-def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
-    """Return how many images a stage has still to see."""
-    return max(0, stage.epochs - epochs_done(metadata)) * stage.steps_per_epoch * stage.batch_size
-
-
-def step_work(stage: Stage, stages: Collection[Stage]) -> int:
-    """Return what an image costs a training step, in elements that convolutions put out.
-
-    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint. A
-    checkpoint that cannot be read costs nothing: this is a guess for whoever waits, and ends no run.
-    """
-
-    def forward(stage: Stage) -> int:
-        return convolved(*multipliers(stage.network, stage.width, stage.depth))
-
-    if stage.teacher is None:
-        return 3 * forward(stage)
-    teacher = next((other for other in stages if other.name == stage.teacher), None)
-    if teacher is None:
-        try:
-            teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
-        except Refused:
-            return 3 * forward(stage)
-    return 3 * forward(stage) + forward(teacher)
-
-
-FAILED = "failed: "
-
-
-@contextmanager
-def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[], None]]:
-    """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
-
-    A POSIX lock ends with the process, however that ends, and no child inherits it. It also ends when the process
-    closes the file anywhere: `stage_states`, which reads it, is for before and after. Its file names the process and,
-    if that failed, why. What is yielded raises Refused once that file is gone, so that another process may have it.
-    """
-    ckpt.mkdir(parents=True, exist_ok=True)
-    path = ckpt / f".{stage.name}.lock"  # not inside the folder, which --restart moves
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            file.seek(0)
-            raise Locked(f"stage {stage.name}: process {file.read().strip() or '?'} trains it in {ckpt}") from None
-        try:
-            rewrite(file, f"{os.getpid()} on {platform.node()}")
-        except OSError as error:
-            error.filename = str(path)  # which a full disk does not say
-            raise
-        for leftover in (ckpt / stage.name).glob(".*.part"):
-            leftover.unlink()
-
-        def check_held() -> None:
-            if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                raise Refused(f"{ckpt}: removed or replaced while stage {stage.name} trained: nothing more is kept")
-
-        try:
-            yield check_held
-        except (Stopped, Misconfigured):  # a command that was refused says nothing of the stage
-            raise
-        except Exception as error:
-            with suppress(OSError):  # on a full disk, say
-                rewrite(file, f"{FAILED}{error}"[:500])
-            raise
-
-
-def rewrite(file: TextIO, text: str) -> None:
-    """Put `text` in place of all that a file opened for appending holds.
-
-    Past its buffer, which would be written again when the file is closed, with an error that does not name it.
-    """
-    file.truncate(0)
-    os.write(file.fileno(), text.encode())
-
-
-def failures(ckpt: Path) -> dict[str, str]:
-    """Return why stages failed, by name, for those whose last run did and whose file can be read."""
-    texts = {}
-    for path in sorted(ckpt.glob(".*.lock")):
-        with suppress(OSError), open_regular(path) as file:
-            texts[path.name[1:-5]] = file.read(4096).decode(errors="replace")
-    return {name: text.removeprefix(FAILED) for name, text in texts.items() if text.startswith(FAILED)}
-
-
-def stage_states(kept: dict[Stage, dict[str, Any] | None], ckpt: Path) -> dict[str, str]:
-    """Return the state of each stage: running, done, failed, stopped or waiting."""
-    failed = failures(ckpt)
-
-    def state(stage: Stage, metadata: dict[str, Any] | None) -> str:
-        if is_locked(stage.name, ckpt):
-            return "running"
-        if is_finished(stage, metadata):
-            return "done"
-        return "failed" if stage.name in failed else "stopped" if metadata else "waiting"
-
-    return {stage.name: state(stage, metadata) for stage, metadata in kept.items()}
-
-
-def check_room(folder: Path, network: nn.Module) -> None:
-    """Raise Unwritable unless a stage's files can be written and fit on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Unwritable(f"{folder}: this process may not write here")
-    sync_folder(folder.parent)
-    size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
-    needed, free = 8 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, best twice
-    if free < needed:
-        raise Unwritable(f"{folder}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
-
-
-def last_paths(folder: Path) -> tuple[Path, Path]:
-    """Return where the state of a stage's last epoch is kept in its folder, and that of the epoch before it."""
-    return folder / "last.safetensors", folder / "previous.safetensors"
-
-
-def best_paths(folder: Path) -> tuple[Path, Path]:
-    """Return where the network of a stage's best epoch is kept in its folder, and that of the best before it."""
-    return folder / "best.safetensors", folder / "overtaken.safetensors"
-
-
-def check_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
-    """Raise Refused unless best.safetensors holds the best epoch of a stage that has kept `metadata`."""
-    path, epoch = best_paths(ckpt / stage.name)[0], metadata["best"]["epoch"]
-    if not (path.exists() and read_metadata(path)["epoch"] == epoch):
-        raise Refused(
-            f"{path}: expected the network of epoch {epoch}, the best of stage {stage.name}: restore it, or train the "
-            f"stage anew with run-stage {stage.name} --restart"
-        )
-
-
-def settle_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
-    """Make best.safetensors hold the best epoch of what is kept, also where a run was cut off after a later one.
-
-    That epoch is trained again and may, on a GPU, come out differently. Raises Refused where its network is gone.
-    """
-    path, overtaken = best_paths(ckpt / stage.name)
-    try:
-        check_best(stage, ckpt, metadata)
-    except Refused:
-        if not overtaken.exists() or read_metadata(overtaken)["epoch"] != metadata["best"]["epoch"]:
-            raise
-        os.replace(overtaken, path)
-        sync_folder(path.parent)
-
-
-def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[Path, Any, list[str]] | None:
-    """Return the first of `paths` that can be read, what is read, and why not those before it; None if there is none.
-
-    Raises Refused if all that exist are damaged: a stage must not start from zero because its file is damaged.
-    """
-    refused: list[str] = []
-    for path in paths:
-        try:
-            if path.exists():
-                return path, read(path), refused
-        except Refused as error:
-            refused.append(str(error))
-    if refused:
-        raise Refused(f"{'; '.join(refused)}; nothing is left to go on from: restore one, or --restart the stage")
-    return None
-
-
-def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
-    """Return the metadata of what a stage has kept so far, or None.
-
-    Raises Misconfigured if the stage has changed, Refused if nothing that it has kept can be read.
-    """
-    found = first_sound(last_paths(ckpt / stage.name), read_state)
-    if found is None:
-        return None
-    path, metadata, _ = found
-    check_unchanged(stage, path, metadata)
-    return metadata
-
-
-def metadata_if_sound(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
-    """Return the metadata of what another stage has kept, or None: what is only looked at stops no run."""
-    try:
-        return kept_metadata(stage, ckpt)
-    except Failure:
-        return None
-
-
-def is_locked(stage: str, ckpt: Path) -> bool:
-    """Tell whether a process trains a stage, without taking the lock even for a moment."""
-    try:
-        with open_regular(ckpt / f".{stage}.lock") as file:
-            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
-            return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
-    except OSError:
-        return False
-
-
-def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[str]]:
-    """Return the stages that have kept something in a folder, teachers first, and why files there cannot be read."""
-    found: dict[str, tuple[Stage, dict[str, Any]]] = {}
-    damaged: list[str] = []
-    for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
-        try:
-            if re.fullmatch(NAME, folder.name) and (sound := first_sound(last_paths(folder), read_state)):
-                path, metadata, refused = sound
-                found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
-                damaged += [f"{reason}: shown is {path}" for reason in refused]
-        except (Refused, OSError) as error:
-            damaged.append(str(error))
-    order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
-    return {stage: found[stage.name][1] for stage in order}, damaged
-
-
-def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
-    """Raise Misconfigured where a checkpoint comes from another definition of the stage."""
-    kept, done = trained_stage(path, metadata), epochs_done(metadata)
-    changes = [
-        f"{f.name} was {shown(getattr(kept, f.name))} and is {shown(getattr(stage, f.name))}"
-        for f in fields(Stage)
-        if getattr(kept, f.name) != getattr(stage, f.name) and not is_extension(f.name, kept, stage, done)
-    ]
-    if changes:
-        raise Misconfigured(
-            f"stage {stage.name}: {path} comes from another definition: {'; '.join(changes)}; "
-            "undo the change, train it anew with run-stage --restart, or name another --ckpt"
-        )
-
-
-def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
-    """Tell whether a changed field concerns only epochs that are still to come, more of them or their rates."""
-    if name == "epochs":
-        return stage.epochs > kept.epochs and not isinstance(stage.lr, Schedule)
-    if name != "lr" or isinstance(stage.lr, Schedule) or isinstance(kept.lr, Schedule):
-        return False
-    steps = [epoch * stage.steps_per_epoch for epoch in range(done)]
-    return all(learning_rate(kept, step) == learning_rate(stage, step) for step in steps)
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Rename a stage's folder so that the stage starts anew; return its new place, or None if there was nothing."""
-    if not folder.exists():
-        return None
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.old{n}")).exists():
-        n += 1
-    return folder.rename(aside)
-
-
-def tested_at(record: dict[str, Any]) -> dict[str, Any]:
-    return {"epoch": record["epoch"], "top1": record["test_top1"], "top5": record["test_top5"]}
-
-
-def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of the epoch with the highest test top-1, the first of equals."""
-    return max(history, key=lambda record: record["test_top1"])
 
 
 # ---------------------------------------------------------------------------------------------------------- Training
@@ -1987,6 +2062,21 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
     """Turn the sums of `evaluate` over so many images into an accuracy."""
     top1, top5, loss = totals.tolist()  # sync
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
+
+
+def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[str, Any]:
+    """Return how a checkpoint does, on a GPU if there is one; raises Refused."""
+    tensors, metadata = load_checkpoint(path)
+    stage, network = trained_stage(path, metadata), network_from(path, tensors, metadata)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = load_images(stage, data, train=False).to(device)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    with torch.autocast(device.type, low, enabled=low is not None):
+        tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
+    if "exported" in metadata:  # its outputs are no cosines, so that a loss of them has no meaning
+        tested = tested._replace(loss=None)
+    about = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
+    return about | {"precision": precision, **tested._asdict()}
 
 
 def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None) -> Accelerator:
@@ -2370,11 +2460,25 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def random_images(stage: Stage, n: int) -> Images:
-    """Return `n` images and labels that mean nothing, of the stage's kind."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-    return Images(pixels, torch.randint(stage.classes, (n,), generator=generator), [])
+def step_work(stage: Stage, stages: Collection[Stage]) -> int:
+    """Return what an image costs a training step, in elements that convolutions put out.
+
+    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint. A
+    checkpoint that cannot be read costs nothing: this is a guess for whoever waits, and ends no run.
+    """
+
+    def forward(stage: Stage) -> int:
+        return convolved(*multipliers(stage.network, stage.width, stage.depth))
+
+    if stage.teacher is None:
+        return 3 * forward(stage)
+    teacher = next((other for other in stages if other.name == stage.teacher), None)
+    if teacher is None:
+        try:
+            teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
+        except Refused:
+            return 3 * forward(stage)
+    return 3 * forward(stage) + forward(teacher)
 
 
 # ------------------------------------------------------------------------------------------------------------- Views
@@ -2595,6 +2699,51 @@ def as_svg(picture: RenderableType, title: str) -> str:
     paper = Screen(record=True, width=100, file=io.StringIO(), force_terminal=True, legacy_windows=False)
     paper.print(picture)
     return paper.export_svg(title=title)
+
+
+def stages_picture(
+    ckpt: Path,
+    kept: dict[Stage, dict[str, Any]],
+    damaged: list[str],
+    width: int,
+    tall: int,
+    ascii_only: bool,
+    room: int | None = None,
+) -> RenderableType:
+    """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
+    states, drawn = stage_states(kept, ckpt), list(kept.items())
+    nothing = Text("no stage can be read here" if damaged else "no stage has finished an epoch here")
+    parts: list[RenderableType] = [chain_table(chain_rows(kept, states)) if kept else nothing]
+    lines = [] if room is None else list(damaged)  # `show` ends with them
+    for name, reason in failures(ckpt).items():
+        if states.get(name, "failed") == "failed" and reason not in damaged:  # one that has kept nothing has no state
+            lines.append(f"{name} failed: {reason}")
+    parts += [Text(printable(f" {line}"), no_wrap=room is not None, overflow="ellipsis") for line in lines]
+    heads = len(parts)
+    if room is not None:
+        working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
+        drawn, tall = (working or drawn)[-1:], min(tall, room - len(kept) - len(parts) - 6)
+    for stage, metadata in drawn if tall >= 6 else []:
+        teacher = metadata["teacher"] and metadata["teacher"]["top1"]
+        lines = curve(metadata["history"], stage.epochs, teacher, rate_drops(stage), width, tall, ascii_only)
+        title = f" {stage.name}: {pace(stage, metadata['history'])}"
+        parts += [Text(line, no_wrap=True) for line in ["", title, *lines]]
+    return Group(*parts[heads:], *parts[:heads]) if room is None else Group(*parts)  # the table last, where it is seen
+
+
+def follow_stages(ckpt: Path, console: Console) -> None:
+    """Redraw what is kept until a signal, which is how it is meant to end."""
+    if not console.is_interactive:
+        raise Misconfigured("--follow: standard output is no terminal: expected one, or show without --follow")
+
+    def picture() -> RenderableType:
+        width, height = console.size
+        return stages_picture(ckpt, *kept_stages(ckpt), min(width, 120), 16, console.options.ascii_only, height)
+
+    with StopRequest() as stop, Live(console=console, get_renderable=picture, auto_refresh=False) as live:
+        while not stop.made():
+            live.refresh()
+            time.sleep(0.25)
 
 
 class Screen(Console):
@@ -2863,8 +3012,26 @@ def accuracy_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------- Commands
-# Parse, call, render. Before the commands stands what they share: stopping, and launching the stages of a chain.
+def stages_as_json(ckpt: Path, kept: dict[Stage, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what stages have come to, with every epoch's figures."""
+    states, failed = stage_states(kept, ckpt), failures(ckpt)
+    return [
+        {
+            "stage": stage.name,
+            "network": stage.network,
+            "teacher": stage.teacher,
+            "state": states[stage.name],
+            "failure": failed[stage.name] if states[stage.name] == "failed" else None,
+            "epoch": epochs_done(metadata),
+            "epochs": stage.epochs,
+            **{name: metadata[name] for name in ("best", "last", "seconds", "history")},
+        }
+        for stage, metadata in kept.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- Launching
+# Stopping, and launching the stages of a chain in processes of their own.
 
 
 class StopRequest:
@@ -2905,6 +3072,43 @@ class StopRequest:
         return self.signum is not None or orphaned or self.lifeline and bool(select.select([sys.stdin], [], [], 0)[0])
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free for the next ones, where there is no GPU.
+
+    glibc would give every large tensor back to the kernel and fault the next one in: a third of a training step, more
+    than half of `evaluate`. The price is memory, in `evaluate` 1.7 instead of 1.2 GB. Where the user has set a MALLOC_
+    variable, or the C library has no such settings, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and not torch.cuda.is_available() and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+        mallopt(-2, 2**28)  # M_TOP_PAD: 256 MiB more at a time than is asked for
+
+
+def train_and_keep(
+    stage: Stage,
+    data: Path,
+    ckpt: Path,
+    accelerator: Accelerator,
+    view: Plain,
+    lifeline: bool,
+    check_held: Callable[[], None] | None,
+) -> None:
+    """Train a stage, keep every epoch and show it, until it ends or is stopped."""
+    with StopRequest(lifeline) as stop, view:
+        run = open_run(stage, data, ckpt, accelerator)
+        if accelerator.is_main_process:
+            check_room(ckpt / stage.name, run.student)
+        accelerator.init_trackers(stage.name)
+        for event in stoppable(stage, run, stop):
+            if isinstance(event, EpochDone) and accelerator.is_main_process:
+                check_held()
+                save_epoch(ckpt / stage.name, stage, run)
+                accelerator.log(event.record, step=event.record["epoch"])
+            view(event)
+
+
 def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
     """Train a stage until a stop is asked for; then raise Stopped, between two steps."""
     try:
@@ -2928,20 +3132,6 @@ def start_anew(folder: Path, accelerator: Accelerator, console: Console) -> None
     if accelerator.is_main_process and (aside := set_aside(folder)):
         say(console, f"{folder} is now {aside}")
     accelerator.wait_for_everyone()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free for the next ones, where there is no GPU.
-
-    glibc would give every large tensor back to the kernel and fault the next one in: a third of a training step, more
-    than half of `evaluate`. The price is memory, in `evaluate` 1.7 instead of 1.2 GB. Where the user has set a MALLOC_
-    variable, or the C library has no such settings, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt and not torch.cuda.is_available() and not any(name.startswith("MALLOC_") for name in os.environ):
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-        mallopt(-2, 2**28)  # M_TOP_PAD: 256 MiB more at a time than is asked for
 
 
 class Launch(NamedTuple):
@@ -3032,6 +3222,19 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     raise failure
 
 
+def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, Any]:
+    """Measure a stage in processes of its own; raises Failure with its error."""
+    command = [*launch.command, __file__, "bench-stage", stage.name, *options]
+    result = subprocess.run(command, env=launch.environment, capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        errors = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
+        raise Failure(errors[0] if errors else f"stage {stage.name}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------- Commands
+# Parse, call, render.
+
 app = typer.Typer(
     help="Train a chain of small image classifiers, each taught by the last, and count what they cost.",
     epilog="Start here: micronet.py chain --stages demo.toml (offline, a minute on a CPU)",
@@ -3040,7 +3243,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # half the time of --help
 )
-
 StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the stages.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")]
 CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
@@ -3142,29 +3344,6 @@ def run_stage(
     accelerator.end_training()
 
 
-def train_and_keep(
-    stage: Stage,
-    data: Path,
-    ckpt: Path,
-    accelerator: Accelerator,
-    view: Plain,
-    lifeline: bool,
-    check_held: Callable[[], None] | None,
-) -> None:
-    """Train a stage, keep every epoch and show it, until it ends or is stopped."""
-    with StopRequest(lifeline) as stop, view:
-        run = open_run(stage, data, ckpt, accelerator)
-        if accelerator.is_main_process:
-            check_room(ckpt / stage.name, run.student)
-        accelerator.init_trackers(stage.name)
-        for event in stoppable(stage, run, stop):
-            if isinstance(event, EpochDone) and accelerator.is_main_process:
-                check_held()
-                save_epoch(ckpt / stage.name, stage, run)
-                accelerator.log(event.record, step=event.record["epoch"])
-            view(event)
-
-
 @command("chain", computes=False)
 def chain(
     names: Annotated[list[str] | None, typer.Argument(help="Stages, to which teachers are added; none: all.")] = None,
@@ -3242,69 +3421,6 @@ def show(
         raise Refused("; ".join(damaged))
 
 
-def stages_picture(
-    ckpt: Path,
-    kept: dict[Stage, dict[str, Any]],
-    damaged: list[str],
-    width: int,
-    tall: int,
-    ascii_only: bool,
-    room: int | None = None,
-) -> RenderableType:
-    """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
-    states, drawn = stage_states(kept, ckpt), list(kept.items())
-    nothing = Text("no stage can be read here" if damaged else "no stage has finished an epoch here")
-    parts: list[RenderableType] = [chain_table(chain_rows(kept, states)) if kept else nothing]
-    lines = [] if room is None else list(damaged)  # `show` ends with them
-    for name, reason in failures(ckpt).items():
-        if states.get(name, "failed") == "failed" and reason not in damaged:  # one that has kept nothing has no state
-            lines.append(f"{name} failed: {reason}")
-    parts += [Text(printable(f" {line}"), no_wrap=room is not None, overflow="ellipsis") for line in lines]
-    heads = len(parts)
-    if room is not None:
-        working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
-        drawn, tall = (working or drawn)[-1:], min(tall, room - len(kept) - len(parts) - 6)
-    for stage, metadata in drawn if tall >= 6 else []:
-        teacher = metadata["teacher"] and metadata["teacher"]["top1"]
-        lines = curve(metadata["history"], stage.epochs, teacher, rate_drops(stage), width, tall, ascii_only)
-        title = f" {stage.name}: {pace(stage, metadata['history'])}"
-        parts += [Text(line, no_wrap=True) for line in ["", title, *lines]]
-    return Group(*parts[heads:], *parts[:heads]) if room is None else Group(*parts)  # the table last, where it is seen
-
-
-def stages_as_json(ckpt: Path, kept: dict[Stage, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what stages have come to, with every epoch's figures."""
-    states, failed = stage_states(kept, ckpt), failures(ckpt)
-    return [
-        {
-            "stage": stage.name,
-            "network": stage.network,
-            "teacher": stage.teacher,
-            "state": states[stage.name],
-            "failure": failed[stage.name] if states[stage.name] == "failed" else None,
-            "epoch": epochs_done(metadata),
-            "epochs": stage.epochs,
-            **{name: metadata[name] for name in ("best", "last", "seconds", "history")},
-        }
-        for stage, metadata in kept.items()
-    ]
-
-
-def follow_stages(ckpt: Path, console: Console) -> None:
-    """Redraw what is kept until a signal, which is how it is meant to end."""
-    if not console.is_interactive:
-        raise Misconfigured("--follow: standard output is no terminal: expected one, or show without --follow")
-
-    def picture() -> RenderableType:
-        width, height = console.size
-        return stages_picture(ckpt, *kept_stages(ckpt), min(width, 120), 16, console.options.ascii_only, height)
-
-    with StopRequest() as stop, Live(console=console, get_renderable=picture, auto_refresh=False) as live:
-        while not stop.made():
-            live.refresh()
-            time.sleep(0.25)
-
-
 @command("bench", computes=False)
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
@@ -3364,16 +3480,6 @@ def bench_stage(
     if accelerator.is_main_process:
         typer.echo(json.dumps(result))
     accelerator.end_training()
-
-
-def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, Any]:
-    """Measure a stage in processes of its own; raises Failure with its error."""
-    command = [*launch.command, __file__, "bench-stage", stage.name, *options]
-    result = subprocess.run(command, env=launch.environment, capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        errors = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
-        raise Failure(errors[0] if errors else f"stage {stage.name}: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @command("evaluate", computes=True)
@@ -3453,95 +3559,6 @@ def import_published(
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, tensors, metadata | {"imported": {"file": file.name, "sha256": file_hash(file)}})
     say(new_console(), f"{out}: {count(len(tensors), 'tensor')} of {network}; try evaluate {out}")
-
-
-def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[str, Any]:
-    """Return how a checkpoint does, on a GPU if there is one; raises Refused."""
-    tensors, metadata = load_checkpoint(path)
-    stage, network = trained_stage(path, metadata), network_from(path, tensors, metadata)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = load_images(stage, data, train=False).to(device)
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    with torch.autocast(device.type, low, enabled=low is not None):
-        tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
-    if "exported" in metadata:  # its outputs are no cosines, so that a loss of them has no meaning
-        tested = tested._replace(loss=None)
-    about = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
-    return about | {"precision": precision, **tested._asdict()}
-
-
-def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
-    """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and how accurate a checkpoint is."""
-    if name in NETWORKS:
-        network, top1 = build_network(name), None
-    elif is_path(name):
-        tensors, metadata = load_checkpoint(Path(name))
-        network, top1 = network_from(Path(name), tensors, metadata), stored_top1(metadata)
-    else:
-        raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
-    kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in operations(network)}
-    results = []
-    for rules in counts:
-        costs = layer_costs(network, rules)
-        cost = total_cost(costs.values())
-        derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
-        results.append({"name": name, "rules": rules, **cost._asdict(), **derived, "top1": top1})
-        if layers:
-            rows = [{"layer": n, "kind": kinds[n], **c._asdict(), "score": c.score} for n, c in costs.items()]
-            results[-1]["layers"] = rows
-    return results
-
-
-def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
-    """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
-
-    On the test images where they are at hand, on random images where not. Raises Failure.
-    """
-    check_export(out)
-    tensors, metadata = load_checkpoint(path)
-    if "exported" in metadata:
-        raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
-    network = network_from(path, tensors, metadata)
-    folded = fold_network(copy.deepcopy(network).double()).float()
-    stage, cost = trained_stage(path, metadata), total_cost(layer_costs(folded, "official").values())
-    images, on = images_at_hand(stage, data)
-    batches = normalize(images.pixels.float() / 255).split(250)
-    with torch.no_grad():
-        before, ours = (torch.cat([n(batch) for batch in batches]) for n in (network, folded))
-        rounded = copy.deepcopy(folded).half().float()
-        predicted = torch.cat([rounded(batch) for batch in batches]).argmax(1)
-
-    def top1(predictions: Tensor) -> float | None:
-        hits = int((predictions == images.labels).sum())
-        return 100 * hits / len(predictions) if on == "test images" else None
-
-    kept = ("format", "micronet", "stage", "class_names", "best", "last", "epoch", "teacher", "versions", "commit")
-    origin = {"file": path.name, "sha256": file_hash(path), "top1": top1(predicted), "weights": "float16"}
-    explanation = {name: metadata[name] for name in kept if name in metadata} | {"exported": origin}
-    written = export_network(out, folded, explanation)
-    with torch.no_grad():
-        after = torch.cat([written(batch) for batch in batches])
-    return {
-        "file": str(out),
-        "bytes": out.stat().st_size,
-        "counted_bytes": cost.bytes,
-        "images": len(before),
-        "on": on,
-        "agree": int((after.argmax(1) == before.argmax(1)).sum()),
-        "difference": (after - ours).abs().max().item(),  # from the folded network before rounding
-        "largest": ours.abs().max().item(),
-        "top1_before": top1(before.argmax(1)),
-        "top1": top1(after.argmax(1)),
-        "score": cost.score,
-    }
-
-
-def images_at_hand(stage: Stage, data: Path) -> tuple[Images, str]:
-    """Return a stage's test images if they are there, else random ones, and what they are."""
-    here = all((data / "cifar-100-python" / name).exists() for name in ("train", "test", "meta"))
-    if stage.dataset != "cifar100" or here:
-        return load_images(stage, data, train=False), "test images"
-    return random_images(stage, 1000), "random images"
 
 
 def render(
