@@ -17,9 +17,10 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
     micronet.py export ckpt/ex/best.safetensors ex.onnx                        the network as it ships, folded
 
 The method, some 600 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
-Networks, Losses and, in Training, `train_stage`. The program around it: Cost (what a network costs), Files (a checkpoint
-in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors' files in), Speed,
-Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their own) and Commands.
+Networks, Losses and, in Training, `train_stage`. The program around it: Cost (what a network costs), Files (a
+checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
+files in), Speed, Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their
+own) and Commands.
 
 References
 [1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
@@ -43,6 +44,7 @@ import errno
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import importlib
 import importlib.util
@@ -52,7 +54,7 @@ import json
 import math
 import operator
 import os
-import pickle
+import pickletools
 import platform
 import re
 import resource
@@ -67,14 +69,15 @@ import time
 import tomllib
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, TextIO
+from types import SimpleNamespace, UnionType
+from typing import (
+    TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints,
+)  # fmt: skip
 
 import rich.box
 import typer
@@ -104,43 +107,33 @@ class Failure(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code or self.exit_code
 
-class Misconfigured(Failure):
-    """What was asked for makes no sense: stages.toml, the command line or the launch configuration."""
 
+class Misconfigured(Failure):  # what was asked for makes no sense: stages.toml, command line or launch configuration
     exit_code = 2
 
 
-class Refused(Failure):
-    """A file (checkpoint, data, teacher) is not what it should be."""
-
+class Refused(Failure):  # a file (checkpoint, data, teacher) is not what it should be
     exit_code = 3
 
 
-class NotFinite(Failure):
-    """Training has come to nan or infinity."""
-
+class NotFinite(Failure):  # training has come to nan or infinity
     exit_code = 4
 
 
-class Unwritable(Failure):
-    """The disk is full or read-only, or permission is missing."""
-
+class Unwritable(Failure):  # the disk is full or read-only, or permission is missing
     exit_code = 5
 
 
-class Locked(Failure):
-    """Another process trains the stage."""
-
+class Locked(Failure):  # another process trains the stage
     exit_code = 75
 
 
-class Stopped(Failure):
-    """A signal, or the end of the process that started this one, has stopped a run between two steps."""
-
-    def __init__(self, message: str, signum: int | None) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + (signum or signal.SIGTERM)
+class Stopped(Failure):  # between two steps, by a signal or by the end of the process that started this one
+    exit_code = 128 + signal.SIGTERM
 
 
 # ------------------------------------------------------------------------------------------------------------ Stages
@@ -148,17 +141,16 @@ class Stopped(Failure):
 
 
 class Accepts(NamedTuple):
-    """What a key of stages.toml accepts: a test, the words for it in an error, and the value that is kept."""
+    """What a key of stages.toml accepts: a parser, to the value that is kept or None, and the words for an error."""
 
-    test: Callable[[Any], bool]
+    parse: Callable[[Any], Any]
     words: Callable[[], str]
-    convert: Callable[[Any], Any] = lambda value: value
 
 
 def whole(least: int, most: int = 10**9) -> Accepts:
     """Accept whole numbers from `least` to `most` (`true` is none)."""
     words = f"of {least} or more" if most == 10**9 else f"from {least} to {most:,}"
-    return Accepts(lambda v: type(v) is int and least <= v <= most, lambda: f"a whole number {words}")
+    return Accepts(lambda v: v if type(v) is int and least <= v <= most else None, lambda: f"a whole number {words}")
 
 
 def is_number(value: Any) -> bool:
@@ -168,22 +160,22 @@ def is_number(value: Any) -> bool:
 
 def number(test: Callable[[float], bool], words: str) -> Accepts:
     """Accept finite numbers that pass `test`."""
-    return Accepts(lambda v: is_number(v) and test(v), lambda: f"a number {words}", float)
+    return Accepts(lambda v: float(v) if is_number(v) and test(v) else None, lambda: f"a number {words}")
 
 
 def one_of(names: Callable[[], Collection[str]]) -> Accepts:
     """Accept one of `names`, which are looked up when needed (they are defined further down)."""
-    return Accepts(lambda v: isinstance(v, str) and v in names(), lambda: "one of " + ", ".join(names()))
+    return Accepts(lambda v: v if isinstance(v, str) and v in names() else None, lambda: f"one of {', '.join(names())}")
 
 
 def some_of(names: Callable[[], Collection[str]]) -> Accepts:
     """Accept a list of one or more different `names`."""
 
-    def test(value: Any) -> bool:
-        listed = isinstance(value, list | tuple) and value and all(isinstance(v, str) and v in names() for v in value)
-        return bool(listed) and len(set(value)) == len(value)
+    def parse(value: Any) -> tuple[str, ...] | None:
+        sound = isinstance(value, list | tuple) and all(isinstance(v, str) and v in names() for v in value)
+        return tuple(value) if sound and 0 < len(set(value)) == len(value) else None
 
-    return Accepts(test, lambda: "a list of one or more of " + ", ".join(names()), tuple)
+    return Accepts(parse, lambda: f"a list of one or more of {', '.join(names())}")
 
 
 class Schedule(NamedTuple):
@@ -197,37 +189,26 @@ class Schedule(NamedTuple):
 SCHEDULES = ("cosine", "one-cycle")
 
 
-def is_rate(value: Any) -> bool:
-    return is_number(value) and 0 < value <= 100
+def parse_lr(value: Any) -> Schedule | tuple[tuple[int, float], ...] | None:
+    """Return a list of [last epoch, rate] in rising order, or the table of a `Schedule`, as it is kept."""
+
+    def is_rate(value: Any) -> bool:
+        return is_number(value) and 0 < value <= 100
+
+    match value:
+        case {"schedule": schedule, "peak": peak, **rest} if schedule in SCHEDULES and is_rate(peak):
+            warmup = rest.pop("warmup_epochs", 0)
+            sound = not rest and is_number(warmup) and warmup >= 0
+            return Schedule(schedule, float(peak), float(warmup)) if sound else None
+        case [_, *_] if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+            sound = all(whole(1).parse(last) and is_rate(rate) for last, rate in value)
+            rising = sound and all(a[0] < b[0] for a, b in itertools.pairwise(value))
+            return tuple((last, float(rate)) for last, rate in value) if rising else None
 
 
-def is_lr(value: Any) -> bool:
-    """Tell whether `value` is a list of [last epoch, rate] in rising order, or the table of a `Schedule`."""
-    if isinstance(value, dict):
-        warmup = value.get("warmup_epochs", 0)
-        known = {"schedule", "peak"} <= set(value) <= set(Schedule._fields)
-        return known and value["schedule"] in SCHEDULES and is_rate(value["peak"]) and is_number(warmup) and warmup >= 0
-    if not isinstance(value, list | tuple) or not value:
-        return False
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 and whole(1).test(pair[0]) for pair in value):
-        return False
-    return all(is_rate(rate) for _, rate in value) and all(a[0] < b[0] for a, b in zip(value, value[1:]))
-
-
-def to_lr(value: Any) -> Schedule | tuple[tuple[int, float], ...]:
-    """Turn an accepted `lr` into the form that `learning_rate` reads."""
-    if isinstance(value, dict):
-        return Schedule(value["schedule"], float(value["peak"]), float(value.get("warmup_epochs", 0)))
-    return tuple((last, float(rate)) for last, rate in value)
-
-
-LR = Accepts(
-    is_lr,
-    lambda: (
-        "[[last epoch, rate], ...] with rising epochs and rates above 0, or "
-        '{ schedule = "cosine" or "one-cycle", peak = rate above 0, warmup_epochs = 0 or more }'
-    ),
-    to_lr,
+LR_WORDS = (
+    "[[last epoch, rate], ...] with rising epochs and rates above 0, or "
+    '{ schedule = "cosine" or "one-cycle", peak = rate above 0, warmup_epochs = 0 or more }'
 )
 
 
@@ -253,7 +234,7 @@ class Stage:
     """Multiplier of all block repeats [4]; None is the network's own."""
 
     teacher: str | None = key(
-        Accepts(lambda v: isinstance(v, str) and v != "", lambda: "a name or a path"), default=None
+        Accepts(lambda v: v if isinstance(v, str) and v else None, lambda: "a name or a path"), default=None
     )
     """The stage whose best network labels the crops, or the path of a checkpoint; None trains on the true labels."""
 
@@ -276,7 +257,7 @@ class Stage:
     """How often all views of the training set are seen."""
 
     lr: Schedule | tuple[tuple[int, float], ...] = key(
-        LR, default=((25, 0.07), (50, 0.007), (65, 0.0007), (70, 0.00007))
+        Accepts(parse_lr, lambda: LR_WORDS), default=((25, 0.07), (50, 0.007), (65, 0.0007), (70, 0.00007))
     )
     """Learning rate: [last epoch, rate] pairs, or a `Schedule`."""
 
@@ -356,12 +337,14 @@ def checked_table(where: str, table: Any) -> dict[str, Any]:
     """Check every key of a table and convert its values; raises Misconfigured."""
     if not isinstance(table, dict):
         raise Misconfigured(f"{where}: {shown(table)}: expected a table")
+    parsed = {}
     for name, value in table.items():
         if name not in KEYS:
             raise Misconfigured(f"{where}: {shown(name)}: unknown key; accepted: {', '.join(KEYS)}")
-        if not KEYS[name].test(value):
+        parsed[name] = KEYS[name].parse(value)
+        if parsed[name] is None:
             raise unacceptable(where, name, value, KEYS[name].words())
-    return {name: KEYS[name].convert(value) for name, value in table.items()}
+    return parsed
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a stage
@@ -376,12 +359,13 @@ def stage_from(where: str, name: str, table: Any, defaults: dict[str, Any]) -> S
         raise Misconfigured(f"{where}: network is missing; accepted: {', '.join(NETWORKS)}")
     stage = Stage(name, **values)
     data = DATASETS[stage.dataset]
-    if stage.train_size > data.train:
-        raise unacceptable(where, "train_images", stage.train_images, f"at most {data.train}, what {stage.dataset} has")
-    if stage.test_size > data.test:
-        raise unacceptable(where, "test_images", stage.test_images, f"at most {data.test}, what {stage.dataset} has")
-    if stage.batch_size > stage.train_size:
-        raise unacceptable(where, "batch_size", stage.batch_size, f"at most the {stage.train_size} training images")
+    for name, most, words in (
+        ("train_images", data.train, f"{data.train}, what {stage.dataset} has"),
+        ("test_images", data.test, f"{data.test}, what {stage.dataset} has"),
+        ("batch_size", stage.train_size, f"the {stage.train_size} training images"),
+    ):
+        if (getattr(stage, name) or 0) > most:
+            raise unacceptable(where, name, getattr(stage, name), f"at most {words}")
     if isinstance(stage.lr, Schedule):
         if stage.lr.warmup_epochs >= stage.epochs:
             raise unacceptable(where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}")
@@ -400,16 +384,12 @@ def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
         lineage.append(name)
         if name in lineage[:-1]:
             raise unacceptable(where, "teacher", stage.teacher, f"no cycle, but it goes {' -> '.join(lineage)}")
-    if stage.teacher in stages:
-        teacher = stages[stage.teacher]
-    elif is_path(stage.teacher):
-        try:
-            teacher = trained_stage(Path(stage.teacher), read_metadata(Path(stage.teacher)))
-        except Refused as error:
-            raise unacceptable(where, "teacher", stage.teacher, f"a checkpoint ({error})") from None
-    else:
+    if is_path(stage.teacher):  # `find_teacher` looks at it when the stage is to train
+        return
+    if stage.teacher not in stages:
         others = ", ".join(name for name in stages if name != stage.name) or "there is none"
         raise unacceptable(where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint")
+    teacher = stages[stage.teacher]
     if teacher.classes != stage.classes:
         words = f"a data set with its teacher's {teacher.classes} classes, not {stage.classes}"
         raise unacceptable(where, "dataset", stage.dataset, words)
@@ -490,10 +470,8 @@ LUMA = (0.2989, 0.587, 0.114)  # grey from RGB, ITU-R 601-2 as in torchvision
 
 
 class Dataset(NamedTuple):
-    """How many images and classes a data set has."""
-
-    train: int
-    test: int
+    train: int  # images
+    test: int  # images
     classes: int
 
 
@@ -515,10 +493,9 @@ class Images(NamedTuple):
 
 
 def load_images(stage: Stage, data: Path, train: bool) -> Images:
-    """Return the stage's training or test images, on the CPU.
+    """Return the stage's training or test images, on the CPU; CIFAR-100 from `data`, or downloaded to there.
 
-    CIFAR-100 is looked for in `data`, checked against its MD5 sums and downloaded if it is not there.
-    Raises Refused where it can be neither found nor downloaded.
+    Raises Refused where it can be neither found there, with its MD5 sums, nor downloaded.
     """
     n = stage.train_size if train else stage.test_size
     if stage.dataset == "synthetic":
@@ -532,18 +509,12 @@ def load_images(stage: Stage, data: Path, train: bool) -> Images:
         except RuntimeError:  # not there, or its MD5 does not match
             dataset = CIFAR100(data, train=train, download=True)
     except (RuntimeError, OSError) as error:
-        folder = data / CIFAR100.base_folder
-        wrong = [
-            f"{name} is {'damaged' if (folder / name).exists() else 'missing'}"
-            for name, md5 in [
-                *CIFAR100.train_list,
-                *CIFAR100.test_list,
-                (CIFAR100.meta["filename"], CIFAR100.meta["md5"]),
-            ]
-            if not check_integrity(folder / name, md5)
-        ]
+        folder, meta = data / CIFAR100.base_folder, CIFAR100.meta
+        files = [*CIFAR100.train_list, *CIFAR100.test_list, (meta["filename"], meta["md5"])]
+        bad = [folder / name for name, md5 in files if not check_integrity(folder / name, md5)]
+        wrong = ", ".join(f"{path.name} is {'damaged' if path.exists() else 'missing'}" for path in bad)
         raise Refused(
-            f"{folder}: no CIFAR-100 here that matches its MD5 sums ({', '.join(wrong)}), and the download failed "
+            f"{folder}: no CIFAR-100 here that matches its MD5 sums ({wrong}), and the download failed "
             f"({' '.join(str(error).split())}): put the official files train, test and meta there, or name --data"
         ) from None
     pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
@@ -594,9 +565,8 @@ def synthetic_images(n: int, train: bool) -> Images:
 
 def random_images(stage: Stage, n: int) -> Images:
     """Return `n` images and labels that mean nothing, of the stage's kind."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-    return Images(pixels, torch.randint(stage.classes, (n,), generator=generator), [])
+    drawn = functools.partial(torch.randint, generator=torch.Generator().manual_seed(0))
+    return Images(drawn(256, (n, 3, SIDE, SIDE), dtype=torch.uint8), drawn(stage.classes, (n,)), [])
 
 
 def images_at_hand(stage: Stage, data: Path) -> tuple[Images, str]:
@@ -687,43 +657,16 @@ def augment(
     pixels: Tensor,  # (N, 3, H, W) uint8
     how: Augmentation,  # of (N,)
 ) -> Tensor:  # (N, 3, H, W) float32, normalised, channels_last
-    """Return the augmented views: brightness, contrast, crop and resize, flip, each with the image's own parameters."""
-    images = pixels.float() / 255
-    images = jitter_brightness(images, how.brightness)
-    images = jitter_contrast(images, how.contrast)
-    images = crop_and_flip(images, how)
-    return normalize(images)
-
-
-def jitter_brightness(
-    images: Tensor,  # (N, 3, H, W) in [0, 1]
-    factor: Tensor,  # (N,)
-) -> Tensor:
-    """Blend each image with black."""
-    return (images * factor.view(-1, 1, 1, 1)).clamp(0, 1)
-
-
-def jitter_contrast(
-    images: Tensor,  # (N, 3, H, W) in [0, 1]
-    factor: Tensor,  # (N,)
-) -> Tensor:
-    """Blend each image with its mean grey."""
-    factor = factor.view(-1, 1, 1, 1)
+    """Augment each image with parameters of its own: brightness, contrast, crop and bilinear resize, flip."""
+    brightness, contrast = (factor.view(-1, 1, 1, 1) for factor in (how.brightness, how.contrast))
+    images = (pixels.float() / 255 * brightness).clamp(0, 1)  # blended with black
     grey = (images * per_channel(LUMA, images.device)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     # differs from torchvision's ColorJitter: contrast always after brightness, never before. The two commute but for
     # values that saturate in between.
-    return (factor * images + (1 - factor) * grey).clamp(0, 1)
-
-
-def crop_and_flip(images: Tensor, how: Augmentation) -> Tensor:
-    """Resize each image's crop to the whole image, bilinearly, and mirror it where `flip` says so.
-
-    Rows and columns are resampled apart, each by a matrix product: out = R @ image @ C^T.
-    """
-    rows = resampling_weights(how.top, how.height)
-    columns = resampling_weights(how.left, how.width)
+    images = (contrast * images + (1 - contrast) * grey).clamp(0, 1)
+    rows, columns = resampling_weights(how.top, how.height), resampling_weights(how.left, how.width)
     columns = torch.where(how.flip.view(-1, 1, 1), columns.flip(1), columns)
-    return rows[:, None] @ images @ columns[:, None].mT
+    return normalize(rows[:, None] @ images @ columns[:, None].mT)  # rows and columns are resampled apart
 
 
 def resampling_weights(
@@ -739,7 +682,7 @@ def resampling_weights(
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to zero mean and unit variance over CIFAR-100; channels_last."""
+    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to mean 0 and variance 1 over CIFAR-100; channels_last."""
     mean, std = per_channel(MEAN, images.device), per_channel(STD, images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -755,10 +698,8 @@ def per_channel(values: tuple[float, float, float], device: torch.device) -> Ten
 
 
 class Multipliers(NamedTuple):
-    """What scales a network of the family."""
-
-    width: float
-    depth: float
+    width: float  # of channels
+    depth: float  # of repeats
 
 
 NETWORKS = {
@@ -780,65 +721,19 @@ BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, tabl
 STEM, HEAD, EMBEDDING = 32, 1280, 200  # channels, channels, dimensions
 
 
-def multipliers(network: str, width: float | None, depth: float | None) -> Multipliers:
-    """Return a network's multipliers: those given, where they are, else its own."""
-    own = NETWORKS[network]
-    return Multipliers(width or own.width, depth or own.depth)
-
-
 def scaled_channels(channels: int, width: float) -> int:
     """Scale a channel count to a multiple of 8, at most 10 % down [4]."""
     scaled = max(8, int(channels * width + 4) // 8 * 8)
     return scaled if scaled >= 0.9 * channels * width else scaled + 8
 
 
-class Block(NamedTuple):
-    """What an `MBConv` is made from."""
-
-    inputs: int  # channels
-    outputs: int
-    expansion: int
-    kernel: int
-    stride: int
-
-
-def scaled_blocks(width: float, depth: float) -> list[Block]:
-    """Return the blocks of a network of that width and depth [4]."""
-    blocks, channels = [], scaled_channels(STEM, width)
-    for expansion, base, repeats, stride, kernel in BLOCKS:
-        outputs = scaled_channels(base, width)
-        for repeat in range(math.ceil(repeats * depth)):
-            blocks.append(Block(channels, outputs, expansion, kernel, 1 if repeat else stride))
-            channels = outputs
-    return blocks
-
-
-def convolved(width: float, depth: float) -> int:
-    """Return how many elements the convolutions of a network put out for one image.
-
-    Their time goes with memory traffic, so this tells how networks compare in time, without torch.
-    """
-    area, total = SIDE**2, scaled_channels(STEM, width) * SIDE**2
-    for block in scaled_blocks(width, depth):
-        hidden = block.inputs * block.expansion
-        total += hidden * area if block.expansion != 1 else 0
-        area //= block.stride**2
-        total += (hidden + block.outputs) * area + hidden + max(1, block.inputs // 4)  # the last two: the gate
-    return total + scaled_channels(HEAD, width) * area
-
-
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Return a "same" convolution without bias.
-
-    A stride pads by kernel - stride in all, the smaller half first, as TensorFlow does.
-    """
+    """Return a "same" convolution without bias; a stride pads as TensorFlow does, the smaller half first."""
     if stride == 1:
         return [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)]
     first, last = (kernel - stride) // 2, (kernel - stride + 1) // 2
-    return [
-        nn.ZeroPad2d((first, last, first, last)),
-        nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
-    ]
+    padding = nn.ZeroPad2d((first, last, first, last))
+    return [padding, nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)]
 
 
 def batch_norm(channels: int) -> nn.Module:
@@ -849,13 +744,8 @@ class SqueezeExcitation(nn.Sequential):
     """Scale each channel by a gate that all channels' means decide [5]."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
-        super().__init__(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, squeezed, 1),
-            nn.SiLU(),
-            nn.Conv2d(squeezed, channels, 1),
-            nn.Sigmoid(),
-        )
+        squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+        super().__init__(nn.AdaptiveAvgPool2d(1), squeeze, nn.SiLU(), excite, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to the same
         return x * super().forward(x)
@@ -867,9 +757,8 @@ class MBConv(nn.Module):
     Stochastic depth [6] leaves the block out with probability `drop`, for each image, where there is a skip.
     """
 
-    def __init__(self, block: Block, drop: float) -> None:
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop: float) -> None:
         super().__init__()
-        inputs, outputs, expansion, kernel, stride = block
         hidden = inputs * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
@@ -908,17 +797,19 @@ class EfficientNet(nn.Sequential):
     """Normalised images (N, 3, 32, 32) to cosines (N, K)."""
 
     def __init__(self, classes: int, width: float, depth: float, stochastic_depth: float = 0.0) -> None:
-        stem, head, blocks = scaled_channels(STEM, width), scaled_channels(HEAD, width), scaled_blocks(width, depth)
-        layers = OrderedDict(
-            stem=nn.Sequential(*convolution(3, stem, 3), batch_norm(stem), nn.SiLU()),
-            blocks=nn.Sequential(*(MBConv(block, stochastic_depth) for block in blocks)),
-            head=nn.Sequential(*convolution(blocks[-1].outputs, head, 1), batch_norm(head), nn.SiLU()),
-            pool=nn.AvgPool2d(8),
-            flatten=nn.Flatten(),
-            embedding=nn.Linear(head, EMBEDDING),
-            cosine=Cosine(EMBEDDING, classes),
-        )
-        super().__init__(layers)
+        super().__init__()
+        channels, head = scaled_channels(STEM, width), scaled_channels(HEAD, width)
+        self.stem = nn.Sequential(*convolution(3, channels, 3), batch_norm(channels), nn.SiLU())
+        self.blocks = nn.Sequential()
+        for expansion, base, repeats, stride, kernel in BLOCKS:
+            outputs = scaled_channels(base, width)
+            for repeat in range(math.ceil(repeats * depth)):
+                first = stride if repeat == 0 else 1
+                self.blocks.append(MBConv(channels, outputs, expansion, kernel, first, stochastic_depth))
+                channels = outputs
+        self.head = nn.Sequential(*convolution(channels, head, 1), batch_norm(head), nn.SiLU())
+        self.pool, self.flatten = nn.AvgPool2d(8), nn.Flatten()
+        self.embedding, self.cosine = nn.Linear(head, EMBEDDING), Cosine(EMBEDDING, classes)
         self.apply(initialize)
 
 
@@ -938,7 +829,8 @@ def build_network(
     name: str, classes: int = 100, width: float | None = None, depth: float | None = None, stochastic_depth: float = 0.0
 ) -> EfficientNet:
     """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
-    network = EfficientNet(classes, *multipliers(name, width, depth), stochastic_depth)
+    own = NETWORKS[name]
+    network = EfficientNet(classes, width or own.width, depth or own.depth, stochastic_depth)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -1074,10 +966,7 @@ class Operation(NamedTuple):
 
 
 def operations(network: nn.Module) -> list[Operation]:
-    """Walk a network while it runs on one image; it is left in evaluation mode.
-
-    Raises TypeError at a parameter that no module of its own uses.
-    """
+    """Walk a network, in evaluation mode, as it runs on an image; raises TypeError at a parameter outside modules."""
     from torch.fx import GraphModule, Tracer
     from torch.fx.passes.shape_prop import ShapeProp
 
@@ -1085,12 +974,10 @@ def operations(network: nn.Module) -> list[Operation]:
     tracer.is_leaf_module = lambda module, name: not list(module.children())
     graph = tracer.trace(network.eval())
     weight = next(network.parameters())
+    image = torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        ShapeProp(GraphModule(network, graph)).propagate(
-            torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype)
-        )
+        ShapeProp(GraphModule(network, graph)).propagate(image)
     found: list[Operation] = []
-    seen: set[nn.Module] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -1099,8 +986,8 @@ def operations(network: nn.Module) -> list[Operation]:
         what = network.get_submodule(node.target) if node.op == "call_module" else node.target
         sizes = [n.meta["tensor_meta"].shape.numel() for n in (node.args[0], node)]
         layer = node.target if node.op == "call_module" else node.name
-        found.append(Operation(layer, what, *sizes, is_folded(network, node), what in seen))
-        seen.add(what)
+        again = any(operation.what is what for operation in found)
+        found.append(Operation(layer, what, *sizes, is_folded(network, node), again))
     return found
 
 
@@ -1125,10 +1012,6 @@ def count_by_seed(operation: Operation) -> Cost:
             return Cost(params, n * (k + bias), n * k, n * (k - 1 + bias))
         case nn.BatchNorm2d():
             return Cost(params, 2 * n, 2 * n, 2 * n)
-        case nn.SiLU():
-            return Cost(params, 0, 3 * n, n)
-        case nn.Sigmoid():
-            return Cost(params, 0, 2 * n, n)
         case nn.AvgPool2d():
             return Cost(params, x, 0, x)
         case nn.AdaptiveAvgPool2d():
@@ -1139,7 +1022,7 @@ def count_by_seed(operation: Operation) -> Cost:
             return Cost(params, 0, x * x + n * x, x * x + n * (x - 1))
         case operator.add | operator.mul:  # the skip and the gate, which the authors leave out
             return Cost(params, 0, 0, 0)
-    return count_nothing(operation)
+    return count_alike(operation)
 
 
 def count_officially(operation: Operation) -> Cost:
@@ -1161,10 +1044,6 @@ def count_officially(operation: Operation) -> Cost:
             return Cost(0, 0, 0, 0) if folded else Cost(2 * what.num_features, 0, n, n)
         case nn.ReLU():
             return Cost(0, 0, n, 0)
-        case nn.SiLU():
-            return Cost(0, 0, 3 * n, n)
-        case nn.Sigmoid():
-            return Cost(0, 0, 2 * n, n)
         case nn.AdaptiveAvgPool2d():
             return Cost(0, 0, n, x - n)
         case nn.AvgPool2d() if what.kernel_size == what.stride:
@@ -1176,16 +1055,21 @@ def count_officially(operation: Operation) -> Cost:
             return Cost(0, 0, 0, n)
         case operator.mul:
             return Cost(0, 0, n, 0)
-    return count_nothing(operation)
+    return count_alike(operation)
 
 
-def count_nothing(operation: Operation) -> Cost:
-    """Count what is free by both rules. Raises TypeError where there is no rule."""
-    free = (nn.ZeroPad2d, nn.Flatten, nn.Identity, nn.Dropout)
-    kind = type(operation.what).__name__
-    if isinstance(operation.what, free) or kind == "StochasticDepth":
+def count_alike(operation: Operation) -> Cost:
+    """Count what costs the same by both rules, or nothing. Raises TypeError where there is no rule."""
+    what, n = operation.what, operation.outputs
+    name = getattr(what, "__name__", type(what).__name__)
+    match what:
+        case nn.SiLU():
+            return Cost(0, 0, 3 * n, n)
+        case nn.Sigmoid():
+            return Cost(0, 0, 2 * n, n)
+    if name == "StochasticDepth" or isinstance(what, nn.ZeroPad2d | nn.Flatten | nn.Identity | nn.Dropout):
         return Cost(0, 0, 0, 0)
-    raise TypeError(f"no rule to count {getattr(operation.what, '__name__', kind)}")
+    raise TypeError(f"no rule to count {name}")
 
 
 def stored(weight: Tensor) -> tuple[int, int]:  # values, bits of the mask
@@ -1203,10 +1087,7 @@ RULES = {"seed": count_by_seed, "official": count_officially}
 
 
 def layer_costs(network: nn.Module, rules: str) -> dict[str, Cost]:
-    """Count every operation of a network by some `RULES`, by layer; it is left in evaluation mode.
-
-    Raises TypeError at what there is no rule for.
-    """
+    """Count every layer of a network, in evaluation mode, by some `RULES`; raises TypeError where there is no rule."""
     costs: dict[str, Cost] = {}
     for operation in operations(network):
         cost = RULES[rules](operation)
@@ -1219,35 +1100,217 @@ def total_cost(costs: Collection[Cost]) -> Cost:
 
 
 # ------------------------------------------------------------------------------------------------------------- Files
-# A checkpoint in and out. The one metadata key is sorted JSON that explains the file by itself and carries a SHA-256 of
-# everything.
+# A checkpoint in and out: safetensors whose one metadata key is sorted JSON, an object with the fields of `Metadata`.
 
-FORMAT = 1
+FORMAT = 2
 MOMENTUM = "momentum."  # before a parameter's name: its momentum
+HEADER = re.compile(rb'(?<=\\"header\\": \\")[0-9a-f]{64}(?=\\")')  # in the bytes of a file's header: its own digest
 
 
-def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Return the JSON that explains a checkpoint, without reading its tensors: a millisecond, and no torch.
+class Record(NamedTuple):
+    """An epoch that is trained and tested: a line of log.jsonl."""
 
-    Raises Refused where the file is missing or is no checkpoint of this program.
+    epoch: int  # from 1
+    lr: float  # of the last step
+    train_loss: float
+    train_top1: float  # percent, as are the other accuracies
+    test_loss: float
+    test_top1: float
+    test_top5: float
+    seconds: float
+    images_per_second: float  # of training alone
+
+
+class Tested(NamedTuple):
+    """How the network of an epoch does on the test images."""
+
+    epoch: int
+    top1: float | None  # percent; None where it has not been measured
+    top5: float | None
+
+
+class Teacher(NamedTuple):
+    """Who taught a stage. The digest and the stage's name say which network it was, wherever it is kept."""
+
+    name: str  # as the stage calls it: a stage or a path
+    stage: str  # that trained it
+    tensors: str  # their SHA-256
+    tested: Tested
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.stage, self.tensors
+
+
+class Facts(NamedTuple):
+    """What a run's result and speed depend on, but its stage."""
+
+    device: str
+    processes: int
+    threads: int
+    precision: str
+    compile: str | None  # the back end
+    versions: dict[str, str]
+    commit: str | None  # of this file
+
+
+class Origin(NamedTuple):
+    """The file that an exported or imported network comes from."""
+
+    file: str  # its name
+    sha256: str  # of the file, or of the tensors of a checkpoint
+    top1: float | None = None  # of the exported network, percent
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What explains a checkpoint. A state, which a stage can go on from, has `best_network`; no other file has."""
+
+    stage: Stage
+    class_names: tuple[str, ...]
+    epoch: int  # whose network this is
+    best: Tested
+    last: Tested
+    history: tuple[Record, ...] = ()  # of a training run
+    teacher: Teacher | None = None
+    cost: Cost | None = None  # by the seed's rules
+    facts: Facts | None = None
+    scaler: dict[str, Any] | None = None  # the loss scale of fp16
+    best_network: str | None = None  # SHA-256 of the best epoch's tensors
+    exported: Origin | None = None
+    imported: Origin | None = None
+    micronet: str = __version__
+    format: int = FORMAT
+    tensors: str = "0" * 64  # SHA-256 of the file's tensors
+    header: str = "0" * 64  # SHA-256 of the file's header, this one taken as zeros
+
+    @property
+    def tested(self) -> Tested:
+        """How the network in the file does, as far as that has been measured."""
+        if self.history:
+            return tested_at(self.history[self.epoch - 1])
+        return Tested(self.epoch, self.exported and self.exported.top1, None)
+
+    def check(self) -> None:
+        """Raise ValueError where entries contradict each other."""
+        tested, n = list(map(tested_at, self.history)), len(self.history)
+        accuracies = [r.train_top1 for r in self.history] + [a for t in (*tested, self.best, self.last) for a in t[1:]]
+        sound = {
+            "history": [t.epoch for t in tested] == list(range(1, n + 1)) and n <= self.stage.epochs,
+            "top-1 or top-5": all(0 <= a <= 100 for a in accuracies if a is not None),
+            "epoch": 1 <= self.epoch <= (n or self.stage.epochs),
+            "last": not n or self.last == tested[-1],
+            "best": 1 <= self.best.epoch <= self.last.epoch and (not n or self.best in tested),
+            "class_names": len(self.class_names) == (0 if self.imported else self.stage.classes),
+            "teacher": bool(self.imported) or (self.teacher is None) == (self.stage.teacher is None),
+            "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
+            "cost": (self.cost and self.facts) is not None or not n,
+        }
+        if wrong := [name for name in sound if not sound[name]]:
+            raise ValueError(f"metadata.{wrong[0]} contradicts the rest")
+
+
+def tested_at(record: Record) -> Tested:
+    return Tested(record.epoch, record.test_top1, record.test_top5)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON holds it: what has named fields becomes an object."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple | list):
+        return plain(value._asdict()) if hasattr(value, "_asdict") else [plain(item) for item in value]
+    return {name: plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+type_hints = functools.cache(get_type_hints)
+
+
+def typed(kind: Any, value: Any, name: str) -> Any:
+    """Return what `plain` has made of a value of some annotated `kind`; raises ValueError where it is none of that."""
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:  # with None
+        return None if value is None else typed(inner[0], value, name)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(typed(inner[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: typed(inner[1], item, f"{name}.{key}") for key, item in value.items()}
+    if kind is Any or kind in (int, str) and type(value) is kind or kind is float and is_number(value):
+        return value
+    if kind is Stage and isinstance(value, dict) and isinstance(value.get("name"), str):
+        table = {key: item for key, item in value.items() if key != "name" and item is not None}
+        return stage_from("stage", value["name"], table, {})
+    if isinstance(kind, type) and isinstance(value, dict) and value.keys() == kind.__annotations__.keys():
+        kinds = type_hints(kind)
+        return kind(**{field: typed(kinds[field], item, f"{name}.{field}") for field, item in value.items()})
+    raise ValueError(f"{name} = {shown(value)}")
+
+
+def read_metadata(path: Path | str) -> Metadata:
+    """Return what explains a checkpoint, without reading its tensors: a millisecond, and no torch.
+
+    Raises Refused where the file is missing, is no checkpoint of this program, or a bit of its header has changed.
+    """
+    return parse_header(Path(path), *read_beginning(Path(path), MOST_HEADER))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Metadata]:
+    """Return tensors (on the CPU) and metadata of a checkpoint; raises Refused if a single bit has changed."""
+    return parse_checkpoint(path, read_beginning(path, MOST)[0])
+
+
+MOST_HEADER, MOST = 2**22, 2**31  # bytes: a header has 300 an epoch, and no network comes near the other
+
+
+def read_beginning(path: Path, most: int) -> tuple[bytes, int]:
+    """Return at `most` so many bytes of a file and its size; raises Refused where there is none.
+
+    Raises OSError where it cannot be read, which says nothing of what is in it: no reason to take an older one.
     """
     try:
-        with open_regular(Path(path)) as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            # ours has 300 bytes an epoch
-            header = json.loads(file.read(length), object_pairs_hook=once) if length <= 2**22 else {}
-            size = os.fstat(file.fileno()).st_size
-        metadata = json.loads(header.pop("__metadata__")["micronet"])
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        if 8 + length + max(ends) != size or size > 2**31:  # no network of ours comes near
-            raise ValueError
+        with open_regular(path) as file:
+            return file.read(most), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise Refused(f"{path}: {error.strerror or error}") from None
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):
+            raise Refused(f"{path}: {error.strerror}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def parse_header(path: Path, content: bytes, size: int) -> Metadata:
+    """Return what explains a file of so many bytes, from its beginning; raises Refused."""
+    try:
+        length = 8 + struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8:length] if length <= MOST_HEADER else b"", object_pairs_hook=once)
+        about = json.loads(header.pop("__metadata__")["micronet"], object_pairs_hook=once)
+        if length + max(tensor["data_offsets"][1] for tensor in header.values()) != size or size > MOST:
+            raise ValueError
     except (struct.error, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError):
         raise Refused(f"{path}: not a checkpoint of micronet, or cut short") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise Refused(f"{path}: expected a checkpoint of format {FORMAT}")
+    if about.get("header") != header_digest(content[:length]):
+        raise Refused(f"{path}: damaged: its SHA-256 does not match its header")
+    try:
+        metadata = typed(Metadata, about, "metadata")
+        metadata.check()
+    except (ValueError, Misconfigured) as error:
+        raise Refused(f"{path}: {error}: expected what a training run, export or import writes") from None
     return metadata
+
+
+def parse_checkpoint(path: Path, content: bytes) -> tuple[dict[str, Tensor], Metadata]:
+    """Return tensors and metadata of a whole file; raises Refused."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    metadata = parse_header(path, content, len(content))
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise Refused(f"{path}: damaged: {error}") from None
+    if digest(tensors) != metadata.tensors:
+        raise Refused(f"{path}: damaged: its SHA-256 does not match its tensors")
+    return tensors, metadata
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1257,56 +1320,51 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def trained_stage(path: Path, metadata: dict[str, Any]) -> Stage:
-    """Return the stage that a checkpoint's metadata describe; raises Refused."""
-    try:
-        table = {name: value for name, value in metadata["stage"].items() if value is not None}
-        return stage_from(str(path), table.pop("name"), table, {})
-    except (Misconfigured, KeyError, AttributeError, TypeError) as error:
-        raise Refused(f"{path}: its metadata describe no stage ({error})") from None
+def header_digest(header: bytes) -> str:
+    """Return the SHA-256, in hex, of a file's header, names, types and places of its tensors included."""
+    return hashlib.sha256(HEADER.sub(b"0" * 64, header)).hexdigest()
 
 
-def stored_top1(metadata: dict[str, Any]) -> float | None:
-    """Return the accuracy in percent of the network in a checkpoint, if it has been measured."""
-    if "exported" in metadata:
-        return metadata["exported"]["top1"]
-    tested = [record["test_top1"] for record in metadata["history"] if record["epoch"] == metadata["epoch"]]
-    return tested[0] if tested else None
-
-
-def digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """Return the SHA-256, in hex, over the metadata (but this entry) and every tensor's name, type, shape and bytes."""
-    explained = {name: value for name, value in metadata.items() if name != "sha256"}
-    sha = hashlib.sha256(json.dumps(explained, sort_keys=True).encode())
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256, in hex, of every tensor's name, type, shape and bytes."""
+    sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_checkpoint(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], previous: Path | None = None
-) -> None:
-    """Write a checkpoint as `replace_file` does, so that it is never half of one, also after a power cut."""
+def to_bytes(tensors: dict[str, Tensor], metadata: Metadata) -> tuple[bytes, Metadata]:
+    """Return a checkpoint's file and its metadata with both digests."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    explained = metadata | {"sha256": digest(tensors, metadata)}
+    about = plain(replace(metadata, tensors=digest(tensors), header="0" * 64))
     # one key: with two, safetensors writes them in random order and no two files are alike
-    replace_file(path, save(tensors, {"micronet": json.dumps(explained, sort_keys=True)}), previous)
+    content = save(tensors, {"micronet": json.dumps(about, sort_keys=True, allow_nan=False)})
+    length = 8 + struct.unpack("<Q", content[:8])[0]
+    signature = header_digest(content[:length])
+    signed = HEADER.sub(signature.encode(), content[:length]) + content[length:]
+    return signed, replace(metadata, tensors=about["tensors"], header=signature)
+
+
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], metadata: Metadata, previous: Path | None = None
+) -> Metadata:
+    """Write a checkpoint as `replace_file` does, so that it is never half of one, also after a power cut."""
+    content, signed = to_bytes(tensors, metadata)
+    replace_file(path, content, previous)
+    return signed
 
 
 def replace_file(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Put `content` at `path` and on the disk, or raise OSError and leave the old file as it was.
+    """Put `content` at `path` and on the disk, or raise OSError, which names `path`, and leave the old file as it was.
 
     The old file is kept at `previous`, if that is given; for a moment it is there alone.
     """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a writer that was killed
+        if not Path("/proc", leftover.suffixes[-2][1:]).exists():
+            leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -1316,36 +1374,47 @@ def replace_file(path: Path, content: bytes, previous: Path | None = None) -> No
         if previous and path.exists():
             os.replace(path, previous)  # from here to the next line there is only the previous one, which is found
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # which a full disk does not say
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, which a power cut may otherwise undo."""
+def sync_folder(folder: Path) -> bool:
+    """Put the names in a folder on the disk, which a power cut may otherwise undo; tell whether that can be done."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors (on the CPU) and metadata of a checkpoint; raises Refused if a single bit has changed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+def check_output(target: Path, older: str | None = None) -> None:
+    """Raise Misconfigured where a command may not write: into a stage's folder, or over a file that is not its own.
 
-    metadata = read_metadata(path)
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise Refused(f"{path}: damaged: {error}") from None
-    if digest(tensors, metadata) != metadata.get("sha256"):
-        raise Refused(f"{path}: damaged: its SHA-256 does not match its contents")
-    return tensors, metadata
+    Its own is one that holds `older`, a regular expression. An empty file, a pipe or a device loses nothing.
+    """
+    folder = target.resolve().parent
+    if any(path.exists() for path in (*last_paths(folder), folder.with_name(f".{folder.name}.lock"))):
+        raise Misconfigured(f"{target}: {folder} keeps a stage: expected a name elsewhere")
+    if target.is_file() and (content := target.read_bytes()) and not (older and re.search(older.encode(), content)):
+        raise Misconfigured(f"{target}: holds what this command has not written: expected another name")
+
+
+def write_output(target: Path, content: bytes) -> None:
+    """Write what a command puts out; a link stays, and a pipe or a device is written to."""
+    if target.exists() and not target.is_file():
+        target.write_bytes(content)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target.resolve(), content)
 
 
 def load_network(path: Path | str) -> EfficientNet:
@@ -1357,19 +1426,23 @@ def load_network(path: Path | str) -> EfficientNet:
     return network_from(Path(path), *load_checkpoint(Path(path)))
 
 
-def network_from(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> EfficientNet:
+def network_from(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> EfficientNet:
     """Build the network that the metadata describe and fill it with the tensors."""
-    stage = trained_stage(path, metadata)
+    stage = metadata.stage
     network = build_network(stage.network, stage.classes, stage.width, stage.depth)
-    if "exported" in metadata:
+    if metadata.exported:
         fold_network(network)
     fill_network(path, network, tensors)
     return network.eval()
 
 
+def without_momentum(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTUM)}
+
+
 def fill_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights; raises Refused at the first name or shape that differs."""
-    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(MOMENTUM)}
+    """Load a checkpoint's weights; raises Refused at the first name or shape that differs and at nan or infinity."""
+    weights = without_momentum(tensors)
     expected = network.state_dict()
     for name in sorted(weights.keys() ^ expected.keys()):
         raise Refused(f"{path}: {name} is {'missing' if name in expected else 'not in this network'}")
@@ -1377,14 +1450,43 @@ def fill_network(path: Path, network: nn.Module, tensors: dict[str, Tensor]) -> 
         if weights[name].is_floating_point() != tensor.is_floating_point():
             raise Refused(f"{path}: {name} has type {weights[name].dtype} where {tensor.dtype} is expected")
         if weights[name].shape != tensor.shape:
-            shapes = f"{tuple(weights[name].shape)} where {tuple(tensor.shape)} is expected"
+            shapes = f"{tuple(weights[name].shape)[:8]} where {tuple(tensor.shape)} is expected"
             raise Refused(f"{path}: {name} has shape {shapes}")
+        if not weights[name].to(tensor.dtype).isfinite().all():
+            raise Refused(f"{path}: {name} is not finite")
     network.load_state_dict(weights)
 
 
 # ----------------------------------------------------------------------------------------------------------- Keeping
-# What a stage keeps, and going on from it. best.safetensors holds a network; last.safetensors the momentum too, all
-# that resuming needs.
+# What a stage keeps, and going on from it. last.safetensors is the truth, network, momentum and history; the epoch
+# before it is kept as previous.safetensors; best.safetensors and log.jsonl follow from it (see `settle`).
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stage and what it has come to, read once a command."""
+
+    stage: Stage
+    metadata: Metadata | None = None  # of its state; None where it has finished no epoch
+    state: str = "waiting"  # or running, done, failed, stopped
+    failure: str | None = None  # why its last run failed
+    refused: tuple[str, ...] = ()  # why its newest file is not the one that it goes on from
+
+    @property
+    def history(self) -> tuple[Record, ...]:
+        return self.metadata.history if self.metadata else ()
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.history) >= self.stage.epochs
+
+    @property
+    def images_left(self) -> int:
+        return max(0, self.stage.epochs - len(self.history)) * self.stage.steps_per_epoch * self.stage.batch_size
+
+    @property
+    def seconds(self) -> float:
+        return sum(record.seconds for record in self.history)
 
 
 def last_paths(folder: Path) -> tuple[Path, Path]:
@@ -1392,50 +1494,38 @@ def last_paths(folder: Path) -> tuple[Path, Path]:
     return folder / "last.safetensors", folder / "previous.safetensors"
 
 
-def best_paths(folder: Path) -> tuple[Path, Path]:
-    """Return where the network of a stage's best epoch is kept in its folder, and that of the best before it."""
-    return folder / "best.safetensors", folder / "overtaken.safetensors"
+def best_path(folder: Path) -> Path:
+    """Return where the network of a stage's best epoch is kept in its folder."""
+    return folder / "best.safetensors"
 
 
 def teacher_path(stage: Stage, ckpt: Path) -> Path:
     """Return where the checkpoint of a stage's teacher is kept."""
-    return Path(stage.teacher) if is_path(stage.teacher) else ckpt / stage.teacher / "best.safetensors"
+    return Path(stage.teacher) if is_path(stage.teacher) else best_path(ckpt / stage.teacher)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return the metadata of a state that a stage can go on from; raises Refused for any other checkpoint."""
-    return checked_state(path, read_metadata(path))
+class State(NamedTuple):
+    """What a stage can go on from."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # network and momentum; none where only the metadata were read
+    metadata: Metadata
+    refused: tuple[str, ...] = ()  # which file comes before it and why it is not that, in words
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata of a state that a stage can go on from; raises Refused."""
-    tensors, metadata = load_checkpoint(path)
-    checked_state(path, metadata)
-    if metadata["stage"]["momentum"] > 0 and not any(name.startswith(MOMENTUM) for name in tensors):
-        raise Refused(f"{path}: holds a network and no momentum: expected a last.safetensors, not a best.safetensors")
-    return tensors, metadata
+def find_state(folder: Path, whole: bool = False) -> State | None:
+    """Return the newest state in a folder that can be read, with its tensors if `whole`; None if none was ever there.
 
-
-def checked_state(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata if they are those of a training run; raises Refused."""
-    try:
-        if "exported" in metadata or not metadata["cost"] or tested_at(metadata["history"][-1]) != metadata["last"]:
-            raise ValueError
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise Refused(f"{path}: its metadata hold no history of a training run: it is exported or imported") from None
-    return metadata
-
-
-def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[Path, Any, list[str]] | None:
-    """Return the first of `paths` that can be read, what is read, and why not those before it; None if there is none.
-
-    Raises Refused if all that exist are damaged: a stage must not start from zero because its file is damaged.
+    Raises Refused if all are damaged: a stage must not start from zero because its file is damaged.
     """
     refused: list[str] = []
-    for path in paths:
+    for path in last_paths(folder):
         try:
             if path.exists():
-                return path, read(path), refused
+                tensors, metadata = load_checkpoint(path) if whole else ({}, read_metadata(path))
+                if metadata.best_network is None:
+                    raise Refused(f"{path}: holds a network alone: expected a state, which a stage goes on from")
+                return State(path, tensors, metadata, tuple(f"{reason}: going on from {path}" for reason in refused))
         except Refused as error:
             refused.append(str(error))
     if refused:
@@ -1443,77 +1533,97 @@ def first_sound(paths: Collection[Path], read: Callable[[Path], Any]) -> tuple[P
     return None
 
 
-def tested_at(record: dict[str, Any]) -> dict[str, Any]:
-    return {"epoch": record["epoch"], "top1": record["test_top1"], "top5": record["test_top5"]}
+def kept_state(stage: Stage, ckpt: Path, whole: bool = False) -> State | None:
+    """Return the state of a stage, or None where it has kept nothing.
 
-
-def best_of(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of the epoch with the highest test top-1, the first of equals."""
-    return max(history, key=lambda record: record["test_top1"])
-
-
-def is_finished(stage: Stage, metadata: dict[str, Any] | None) -> bool:
-    """Tell whether a stage has trained all its epochs, from what it has kept (None: nothing)."""
-    return epochs_done(metadata) >= stage.epochs
-
-
-def epochs_done(metadata: dict[str, Any] | None) -> int:
-    return metadata["last"]["epoch"] if metadata else 0
-
-
-def images_left(stage: Stage, metadata: dict[str, Any] | None) -> int:
-    """Return how many images a stage has still to see."""
-    return max(0, stage.epochs - epochs_done(metadata)) * stage.steps_per_epoch * stage.batch_size
-
-
-def kept_metadata(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
-    """Return the metadata of what a stage has kept so far, or None.
-
-    Raises Misconfigured if the stage has changed, Refused if nothing that it has kept can be read.
+    Raises Misconfigured if the stage has changed, Refused where no state explains what its folder holds.
     """
-    found = first_sound(last_paths(ckpt / stage.name), read_state)
-    if found is None:
-        return None
-    path, metadata, _ = found
-    check_unchanged(stage, path, metadata)
-    return metadata
+    folder = ckpt / stage.name
+    if state := find_state(folder, whole):
+        check_unchanged(stage, ckpt, state)
+    elif found := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise Refused(
+            f"{folder}: holds {', '.join(found)} and no state that explains it: move it elsewhere, or have "
+            f"run-stage {stage.name} --restart move it aside"
+        )
+    return state
 
 
-def metadata_if_sound(stage: Stage, ckpt: Path) -> dict[str, Any] | None:
-    """Return the metadata of what another stage has kept, or None: what is only looked at stops no run."""
+def read_kept(stage: Stage, ckpt: Path, strict: bool = True) -> Kept:
+    """Return what a stage has come to, which is not for who holds its lock (see `locked`).
+
+    Raises as `kept_state` does if `strict`; else nothing is known of it then: what is looked at stops no run.
+    """
     try:
-        return kept_metadata(stage, ckpt)
-    except Failure:
-        return None
+        state = kept_state(stage, ckpt)
+    except (Failure, OSError):
+        if strict:
+            raise
+        state = None
+    return kept_as(stage, state, ckpt)
 
 
-def kept_stages(ckpt: Path) -> tuple[dict[Stage, dict[str, Any]], list[str]]:
+def kept_as(stage: Stage, state: State | None, ckpt: Path) -> Kept:
+    """Tell whether a stage that has kept a state is running, done, failed, stopped or waiting."""
+    kept = Kept(stage, state.metadata, refused=state.refused) if state else Kept(stage)
+    if is_locked(stage.name, ckpt):
+        return replace(kept, state="running")
+    if kept.is_finished or not (failure := failures(ckpt).get(stage.name)):
+        return replace(kept, state="done" if kept.is_finished else "stopped" if kept.history else "waiting")
+    return replace(kept, state="failed", failure=failure)
+
+
+def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path) -> list[Kept]:
+    """Return the named stages and the teachers that those still to train need, each after its teacher."""
+    chain: dict[str, Kept] = {}
+
+    def add(stage: Stage) -> None:
+        if stage.name not in chain:
+            kept = read_kept(stage, ckpt)
+            if not kept.is_finished and stage.teacher in stages:
+                add(stages[stage.teacher])
+            chain[stage.name] = kept
+
+    for name in names:
+        add(find_stage(stages, name))
+    return list(chain.values())
+
+
+def kept_stages(ckpt: Path) -> tuple[list[Kept], list[str]]:
     """Return the stages that have kept something in a folder, teachers first, and why files there cannot be read."""
-    found: dict[str, tuple[Stage, dict[str, Any]]] = {}
+    found: dict[str, Kept] = {}
     damaged: list[str] = []
     for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
         try:
-            if re.fullmatch(NAME, folder.name) and (sound := first_sound(last_paths(folder), read_state)):
-                path, metadata, refused = sound
-                found[folder.name] = replace(trained_stage(path, metadata), name=folder.name), metadata
-                damaged += [f"{reason}: shown is {path}" for reason in refused]
+            if re.fullmatch(NAME, folder.name) and (state := find_state(folder)):
+                stage = replace(state.metadata.stage, name=folder.name)
+                found[folder.name] = kept_as(stage, state, ckpt)
+                damaged += state.refused
         except (Refused, OSError) as error:
             damaged.append(str(error))
-    order = with_teachers({name: stage for name, (stage, _) in found.items()}, list(found))
-    return {stage: found[stage.name][1] for stage in order}, damaged
+    order = with_teachers({name: kept.stage for name, kept in found.items()}, list(found))
+    return [found[stage.name] for stage in order], damaged
 
 
-def check_unchanged(stage: Stage, path: Path, metadata: dict[str, Any]) -> None:
-    """Raise Misconfigured where a checkpoint comes from another definition of the stage."""
-    kept, done = trained_stage(path, metadata), epochs_done(metadata)
+def check_unchanged(stage: Stage, ckpt: Path, state: State) -> None:
+    """Raise Misconfigured where a state comes from another definition of the stage."""
+    metadata, kept = state.metadata, state.metadata.stage
+
+    def may_differ(name: str) -> bool:
+        if name == "teacher" and stage.teacher and metadata.teacher:  # by another name, or in another place
+            with suppress(Refused):
+                about = read_metadata(teacher_path(stage, ckpt))
+                return (about.stage.name, about.tensors) == metadata.teacher.identity
+        return is_extension(name, kept, stage, len(metadata.history))
+
     changes = [
         f"{f.name} was {shown(getattr(kept, f.name))} and is {shown(getattr(stage, f.name))}"
         for f in fields(Stage)
-        if getattr(kept, f.name) != getattr(stage, f.name) and not is_extension(f.name, kept, stage, done)
+        if getattr(kept, f.name) != getattr(stage, f.name) and not may_differ(f.name)
     ]
     if changes:
         raise Misconfigured(
-            f"stage {stage.name}: {path} comes from another definition: {'; '.join(changes)}; "
+            f"stage {stage.name}: {state.path} comes from another definition: {'; '.join(changes)}; "
             "undo the change, train it anew with run-stage --restart, or name another --ckpt"
         )
 
@@ -1528,42 +1638,139 @@ def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
     return all(learning_rate(kept, step) == learning_rate(stage, step) for step in steps)
 
 
+def find_teacher(stage: Stage, ckpt: Path) -> tuple[Path, Metadata]:
+    """Return where a stage's teacher is kept and what explains it; raises Failure if it is not ready."""
+    path, named = teacher_path(stage, ckpt), not is_path(stage.teacher)
+    state = find_state(path.parent)
+    if not path.exists() and not (named and state):
+        raise Misconfigured(f"stage {stage.name}: its teacher {path} is not there: train it first, or use `chain`")
+    if path.resolve().parent == (ckpt / stage.name).resolve():
+        raise Refused(f"{path}: stage {stage.name} keeps it itself: expected a teacher that is another one's network")
+    if named and state is None:
+        raise Refused(f"{path}: no state explains it: train {stage.teacher}, or name this file as the teacher")
+    about = check_best(path, state.metadata)[1] if named else read_metadata(path)
+    if about.exported:
+        raise Misconfigured(f"stage {stage.name}: its teacher {path} is exported, with no cosines: name its checkpoint")
+    if state and about.stage.name == state.metadata.stage.name and not Kept(about.stage, state.metadata).is_finished:
+        raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
+    if (about.stage.classes, about.stage.scale) != (stage.classes, stage.scale):
+        found = f"a network of {about.stage.classes} classes at scale {about.stage.scale}"
+        raise Refused(f"{path}: {found}: stage {stage.name} expects {stage.classes} classes at scale {stage.scale}")
+    return path, about
+
+
+def check_best(path: Path, state: Metadata, whole: bool = False) -> tuple[dict[str, Tensor], Metadata]:
+    """Return a best.safetensors, its tensors if `whole`; raises Refused unless a state calls its network the best."""
+    stage, epoch = state.stage.name, state.best.epoch
+    try:
+        tensors, about = load_checkpoint(path) if whole else ({}, read_metadata(path))
+        if about.tensors != state.best_network:
+            raise Refused(f"{path}: another network, of stage {about.stage.name}")
+    except Refused as error:
+        raise Refused(
+            f"{error}: expected the network of epoch {epoch}, the best of stage {stage}: restore it, or train the "
+            f"stage anew with run-stage {stage} --restart"
+        ) from None
+    return tensors, about
+
+
+def is_settled(kept: Kept, ckpt: Path) -> bool:
+    """Tell whether a stage is finished, with its best network at hand or nothing that could make it so."""
+    if not kept.is_finished:
+        return False
+    try:
+        check_best(best_path(ckpt / kept.stage.name), kept.metadata)
+        return True
+    except Refused:  # cut off between last.safetensors and best.safetensors, say
+        return kept.metadata.best.epoch != kept.metadata.last.epoch
+
+
+def settle(folder: Path, state: State, thorough: bool) -> None:
+    """Make best.safetensors and log.jsonl what a state says, after every save and before a run goes on.
+
+    `thorough` reads the whole of the best network. Raises Refused where it is lost: neither there nor the state's own.
+    """
+    path, about = best_path(folder), state.metadata
+    explained = replace(about, epoch=about.best.epoch, best_network=None, scaler=None)
+    try:
+        tensors, kept = check_best(path, about, whole=thorough)
+        if thorough and len(about.history) == about.stage.epochs and kept.history != about.history:
+            save_checkpoint(path, tensors, explained)  # with all that there will be to know
+    except Refused:
+        if about.best.epoch != about.last.epoch:
+            raise
+        save_checkpoint(path, without_momentum(state.tensors), explained)
+    log, lines = folder / "log.jsonl", "".join(json.dumps(record._asdict()) + "\n" for record in about.history)
+    if not log.is_file() or log.read_text(errors="replace") != lines:
+        replace_file(log, lines.encode())
+
+
+def fallen_back(folder: Path, state: State) -> State:
+    """Return a previous state as a run goes on from it; the damaged file that came after it is moved aside.
+
+    That file's epoch may have overtaken the best one of this state, whose network then is gone. Trained again, it
+    will do so again, or nearly; until then the state's own network is the best there is.
+    """
+    last, previous = last_paths(folder)
+    if state.path == previous and last.exists():
+        os.replace(last, folder / "damaged.safetensors")  # it must never take the place of a good one
+    about = state.metadata
+    if state.path == previous:
+        with suppress(Refused):  # what is lost otherwise is for `settle` to say
+            found = read_metadata(best_path(folder))
+            overtook = found.stage.name == about.stage.name and found.epoch >= about.last.epoch
+            if overtook and found.tensors != about.best_network:
+                about = replace(about, best=about.last, best_network=digest(without_momentum(state.tensors)))
+    return state._replace(metadata=about)
+
+
 FAILED = "failed: "
 
 
 @contextmanager
-def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[], None]]:
+def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[Metadata | None], None]]:
     """Hold a stage's folder for this process alone and sweep up what a killed one left there; raises Locked.
 
     A POSIX lock ends with the process, however that ends, and no child inherits it. It also ends when the process
-    closes the file anywhere: `stage_states`, which reads it, is for before and after. Its file names the process and,
-    if that failed, why. What is yielded raises Refused once that file is gone, so that another process may have it.
+    closes the file anywhere: `read_kept`, which reads it, is for before and after. Its file names the process and,
+    if that failed, why. What is yielded raises unless the stage is still this process's alone, as far as that can be
+    seen (not all file systems share locks between machines): it is called with the state that was written last.
     """
     ckpt.mkdir(parents=True, exist_ok=True)
-    path = ckpt / f".{stage.name}.lock"  # not inside the folder, which --restart moves
-    with open(path, "a+") as file:
+    path, owner = ckpt / f".{stage.name}.lock", f"{os.getpid()} on {platform.node()}"  # which --restart does not move
+    with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+                raise Unwritable(f"{path}: no locks here ({error.strerror}): name another --ckpt") from None
             file.seek(0)
             raise Locked(f"stage {stage.name}: process {file.read().strip() or '?'} trains it in {ckpt}") from None
         try:
-            rewrite(file, f"{os.getpid()} on {platform.node()}")
+            rewrite(file, owner)
         except OSError as error:
             error.filename = str(path)  # which a full disk does not say
             raise
         for leftover in (ckpt / stage.name).glob(".*.part"):
             leftover.unlink()
 
-        def check_held() -> None:
+        def check_held(written: Metadata | None) -> None:
             if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 raise Refused(f"{ckpt}: removed or replaced while stage {stage.name} trained: nothing more is kept")
+            holder = os.pread(file.fileno(), 4096, 0).decode(errors="replace")
+            last = last_paths(ckpt / stage.name)[0]
+            try:
+                found = read_metadata(last).header if last.exists() else None
+            except Refused as error:
+                found = str(error)
+            if holder != owner:
+                raise Locked(f"stage {stage.name}: process {holder} trains it, too: nothing more is kept")
+            if found != (written and written.header):
+                raise Locked(f"stage {stage.name}: {last} is not what was written there: nothing more is kept")
 
         try:
             yield check_held
-        except (Stopped, Misconfigured):  # a command that was refused says nothing of the stage
+        except (Stopped, Misconfigured, Locked):  # which say nothing of the stage
             raise
         except Exception as error:
             with suppress(OSError):  # on a full disk, say
@@ -1599,55 +1806,22 @@ def is_locked(stage: str, ckpt: Path) -> bool:
         return False
 
 
-def stage_states(kept: dict[Stage, dict[str, Any] | None], ckpt: Path) -> dict[str, str]:
-    """Return the state of each stage: running, done, failed, stopped or waiting."""
-    failed = failures(ckpt)
+def check_room(folder: Path, network: nn.Module, anew: bool) -> list[str]:
+    """Raise Unwritable unless a stage's files can be written and fit on the disk; return what the user must know.
 
-    def state(stage: Stage, metadata: dict[str, Any] | None) -> str:
-        if is_locked(stage.name, ckpt):
-            return "running"
-        if is_finished(stage, metadata):
-            return "done"
-        return "failed" if stage.name in failed else "stopped" if metadata else "waiting"
-
-    return {stage.name: state(stage, metadata) for stage, metadata in kept.items()}
-
-
-def check_room(folder: Path, network: nn.Module) -> None:
-    """Raise Unwritable unless a stage's files can be written and fit on the disk."""
+    What it keeps already will be replaced, unless it starts `anew`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise Unwritable(f"{folder}: this process may not write here")
-    sync_folder(folder.parent)
     size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
-    needed, free = 8 * size, shutil.disk_usage(folder).free  # the state three times while one is replaced, best twice
-    if free < needed:
-        raise Unwritable(f"{folder}: {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
-
-
-def check_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
-    """Raise Refused unless best.safetensors holds the best epoch of a stage that has kept `metadata`."""
-    path, epoch = best_paths(ckpt / stage.name)[0], metadata["best"]["epoch"]
-    if not (path.exists() and read_metadata(path)["epoch"] == epoch):
-        raise Refused(
-            f"{path}: expected the network of epoch {epoch}, the best of stage {stage.name}: restore it, or train the "
-            f"stage anew with run-stage {stage.name} --restart"
-        )
-
-
-def settle_best(stage: Stage, ckpt: Path, metadata: dict[str, Any]) -> None:
-    """Make best.safetensors hold the best epoch of what is kept, also where a run was cut off after a later one.
-
-    That epoch is trained again and may, on a GPU, come out differently. Raises Refused where its network is gone.
-    """
-    path, overtaken = best_paths(ckpt / stage.name)
-    try:
-        check_best(stage, ckpt, metadata)
-    except Refused:
-        if not overtaken.exists() or read_metadata(overtaken)["epoch"] != metadata["best"]["epoch"]:
-            raise
-        os.replace(overtaken, path)
-        sync_folder(path.parent)
+    files = () if anew else (*last_paths(folder), best_path(folder))
+    kept = sum(path.stat().st_size for path in files if path.exists())
+    needed, disk = 8 * size - kept, shutil.disk_usage(folder)  # the state three times while one is replaced, best twice
+    if disk.free < needed and disk.total > 0:  # a file system that says 0 does not know
+        raise Unwritable(f"{folder}: {disk.free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
+    lost = f"WARNING: {folder}: this file system cannot put names on the disk: a power cut may take the last epoch back"
+    return [] if sync_folder(folder.parent) else [lost]
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -1665,12 +1839,12 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
-    """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and how accurate a checkpoint is."""
+    """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and a checkpoint's accuracy."""
     if name in NETWORKS:
         network, top1 = build_network(name), None
     elif is_path(name):
         tensors, metadata = load_checkpoint(Path(name))
-        network, top1 = network_from(Path(name), tensors, metadata), stored_top1(metadata)
+        network, top1 = network_from(Path(name), tensors, metadata), metadata.tested.top1
     else:
         raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
     kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in operations(network)}
@@ -1705,82 +1879,83 @@ EXPORTS = (".safetensors", ".onnx", ".pt2")
 def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
     """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
 
-    On the test images where they are at hand, on random images where not. Raises Failure.
+    On the test images where they are at hand, on random images where not. Raises Failure, and then writes nothing.
     """
     check_export(out)
-    tensors, metadata = load_checkpoint(path)
-    if "exported" in metadata:
+    tensors, about = load_checkpoint(path)
+    if about.exported:
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
-    network = network_from(path, tensors, metadata)
+    network = network_from(path, tensors, about)
     folded = fold_network(copy.deepcopy(network).double()).float()
-    stage, cost = trained_stage(path, metadata), total_cost(layer_costs(folded, "official").values())
+    stage, cost = about.stage, total_cost(layer_costs(folded, "official").values())
+    rounded = copy.deepcopy(folded).half().float()
     images, on = images_at_hand(stage, data)
-    batches = normalize(images.pixels.float() / 255).split(250)
-    with torch.no_grad():
-        before, ours = (torch.cat([n(batch) for batch in batches]) for n in (network, folded))
-        rounded = copy.deepcopy(folded).half().float()
-        predicted = torch.cat([rounded(batch) for batch in batches]).argmax(1)
+    before, ours, predicted = (outputs(path, n, images) for n in (network, folded, rounded))
 
-    def top1(predictions: Tensor) -> float | None:
-        hits = int((predictions == images.labels).sum())
-        return 100 * hits / len(predictions) if on == "test images" else None
+    def top1(cosines: Tensor) -> float | None:
+        hits = int((cosines.argmax(1) == images.labels).sum())
+        return 100 * hits / len(cosines) if on == "test images" else None
 
-    kept = ("format", "micronet", "stage", "class_names", "best", "last", "epoch", "teacher", "versions", "commit")
-    origin = {"file": path.name, "sha256": file_hash(path), "top1": top1(predicted), "weights": "float16"}
-    explanation = {name: metadata[name] for name in kept if name in metadata} | {"exported": origin}
-    written = export_network(out, folded, explanation)
-    with torch.no_grad():
-        after = torch.cat([written(batch) for batch in batches])
+    origin = Origin(path.name, about.tensors, top1(predicted))
+    explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
+    content, computes = export_network(out, folded, explained)
+    after = outputs(out, computes, images)
+    write_output(out, content)
     return {
         "file": str(out),
-        "bytes": out.stat().st_size,
+        "bytes": len(content),
         "counted_bytes": cost.bytes,
         "images": len(before),
         "on": on,
         "agree": int((after.argmax(1) == before.argmax(1)).sum()),
         "difference": (after - ours).abs().max().item(),  # from the folded network before rounding
         "largest": ours.abs().max().item(),
-        "top1_before": top1(before.argmax(1)),
-        "top1": top1(after.argmax(1)),
+        "top1_before": top1(before),
+        "top1": top1(after),
         "score": cost.score,
     }
 
 
+def outputs(path: Path, network: Callable[[Tensor], Tensor], images: Images) -> Tensor:  # (N, K)
+    """Return what a network makes of images; raises Refused where that is not finite."""
+    with torch.no_grad():
+        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels in images.pixels.split(250)])
+    if not found.isfinite().all():
+        raise Refused(f"{path}: its outputs are not finite, as 16-bit weights or before: expected finite ones")
+    return found
+
+
 def check_export(target: Path) -> None:
-    """Raise Misconfigured where an export would not do: another ending, a missing package, on top of a checkpoint."""
+    """Raise Misconfigured where an export would not do: another ending, a missing package, over another file."""
     if target.suffix not in EXPORTS:
         raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
-    if target.suffix == ".safetensors" and target.exists():
-        with suppress(Refused):  # what is no checkpoint may be replaced, as may an older export
-            if "exported" not in read_metadata(target):
-                raise Misconfigured(f"{target}: holds a checkpoint that is not exported: expected another name")
+    check_output(target, older=r'\\?"exported\\?": {')
     if target.suffix == ".onnx":
         for package in ("onnxscript", "onnxruntime"):  # torch.onnx needs the first, the comparison the second
             if importlib.util.find_spec(package) is None:
                 raise Misconfigured(f"{target}: the package {package} is missing: uv sync --extra onnx")
 
 
-def export_network(path: Path, network: nn.Module, metadata: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Write a folded network with 16-bit weights and return what the file, read again, computes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def export_network(path: Path, network: nn.Module, metadata: Metadata) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """Return a file of a folded network with 16-bit weights and what it, read again, computes."""
     if path.suffix == ".safetensors":
-        save_checkpoint(path, network.half().state_dict(), metadata)
-        return load_network(path)
+        content = to_bytes(network.half().state_dict(), metadata)[0]
+        return content, network_from(path, *parse_checkpoint(path, content))
     example = torch.zeros(2, 3, SIDE, SIDE)
     batch = {0: torch.export.Dim("N", min=1)}
-    if path.suffix == ".pt2":
-        program, buffer = torch.export.export(Shipped(network), (example,), dynamic_shapes=(batch,)), io.BytesIO()
-        with warnings.catch_warnings(action="ignore"):  # of tensors that are views
-            torch.export.save(program, buffer, extra_files={"micronet": json.dumps(metadata, sort_keys=True)})
-        replace_file(path, buffer.getvalue())
-        return torch.export.load(path).module()
-    return export_onnx(path, Shipped(network), example, batch, metadata)
+    explained = json.dumps(plain(metadata), sort_keys=True)
+    if path.suffix == ".onnx":
+        return export_onnx(Shipped(network), example, batch, explained)
+    program, buffer = torch.export.export(Shipped(network), (example,), dynamic_shapes=(batch,)), io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of tensors that are views
+        torch.export.save(program, buffer, extra_files={"micronet": explained})
+    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
 def export_onnx(
-    path: Path, shipped: Shipped, example: Tensor, batch: dict[int, Any], metadata: dict[str, Any]
-) -> Callable[[Tensor], Tensor]:
-    """Write an ONNX file, `images` (N, 3, 32, 32) to `logits` (N, K), and return what onnxruntime makes of it."""
+    shipped: Shipped, example: Tensor, batch: dict[int, Any], explained: str
+) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """Return an ONNX file, `images` (N, 3, 32, 32) to `logits` (N, K), and what onnxruntime makes of it."""
     import onnxruntime
 
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
@@ -1791,77 +1966,137 @@ def export_onnx(
         node.ClearField("metadata_props")
     for value in model.graph.value_info:
         value.ClearField("metadata_props")
-    model.metadata_props.add(key="micronet", value=json.dumps(metadata, sort_keys=True))
-    replace_file(path, model.SerializeToString())
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+    model.metadata_props.add(key="micronet", value=explained)
+    content = model.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
 def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
-    """Return the state for `network` from a checkpoint (.pytar) as the method's authors published theirs.
+    """Fill `network` from a checkpoint (.pytar) as the method's authors published theirs and return its state.
 
-    Nothing in the file is executed: torch's restricted unpickler takes tensors, in the format before torch 1.6 or in
-    an uncompressed zip. Raises Refused for everything else, another network's file and shapes that differ.
+    torch.load hashes, prints and allocates what a file asks for, so the file is taken apart here. Raises Refused.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # a small file could unpack to any size
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise Refused(f"{path}: a compressed archive: expected one that torch.save has written")
-        with warnings.catch_warnings(action="ignore"):  # of pickles that it is about to refuse
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            tensors = stored_tensors(file.read(2**27))  # b3 in float64 has 89 MB
     except OSError as error:
         raise Refused(f"{path}: {error.strerror or error}") from None
-    except UNPICKLING as error:
-        raise Refused(
-            f"{path}: expected a dict of tensors that torch.save has written ({type(error).__name__})"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(n, str) and type(t) is Tensor for n, t in state.items()):
-        raise Refused(f"{path}: expected a dict of tensors by name, a state dict")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    names, expected, placed = published_names(network), network.state_dict(), {}
-    for name, tensor in expected.items():
-        theirs = ".".join([names[name.rpartition(".")[0]], name.rpartition(".")[2]])
-        found = state.pop(theirs, torch.tensor(0) if name.endswith("num_batches_tracked") else None)  # torch 0.4.0
-        if found is None:
-            raise Refused(f"{path}: another network's: {theirs} is missing")
-        if found.shape != tensor.shape:
-            shapes = f"{tuple(found.shape)[:8]} where {tuple(tensor.shape)} is expected"
-            raise Refused(f"{path}: another network's: {theirs} has shape {shapes}")
-        if not found.isfinite().all():
-            raise Refused(f"{path}: {theirs} is not finite")
-        placed[name] = found.to(tensor.dtype).contiguous()
-    if state:
-        raise Refused(f"{path}: another network's: {count(len(state), 'tensor')} of it not in this one")
-    return placed
+    except (ValueError, LookupError, RuntimeError, TypeError, EOFError, struct.error, zipfile.BadZipFile) as error:
+        raise Refused(f"{path}: {str(error)[:120]}: expected a dict of tensors that torch.save has written") from None
+    # torch 0.4.0 did not count batches
+    state = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
+    ours = published_names(network)
+    for name, tensor in tensors.items():
+        module, _, last = name.removeprefix("module.").rpartition(".")
+        state[f"{ours[module]}.{last}" if module in ours else shown(name)] = tensor
+    fill_network(path, network, state)
+    return network.state_dict()
 
 
-# What torch.load has been seen to raise at damaged files, with weights_only=True
-UNPICKLING = (
-    pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError,
-    TypeError, ValueError, struct.error, zipfile.BadZipFile, MemoryError,
-)  # fmt: skip
+def stored_tensors(content: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a state dict that torch.save has written, in a zip or in the format before torch 1.6.
+
+    Raises what `read_published` catches.
+    """
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()  # which, compressed or on top of each other, could unpack to any size
+            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(content):
+                raise ValueError("a compressed archive")
+            files = {entry.filename.partition("/")[2]: bytearray(archive.read(entry)) for entry in entries}
+        if files.get("byteorder", b"little") != b"little":
+            raise ValueError("written on a big-endian machine")
+        found = described(parse_pickle(io.BytesIO(files["data.pkl"][:PICKLED])))
+    else:
+        pickles = io.BytesIO(content[:PICKLED])
+        _, _, _, state, keys = (parse_pickle(pickles) for _ in range(5))
+        found, files, at = described(state), {}, pickles.tell()
+        sizes = {key: dtype.itemsize for dtype, key, *_ in found.values()}
+        if filled(keys) != sorted(sizes):
+            raise ValueError("more or less stored than described")
+        for key, size in sorted(sizes.items()):
+            start, at = at + 8, at + 8 + size * struct.unpack_from("<Q", content, at)[0]
+            files[f"data/{key}"] = bytearray(content[start:at])
+    return {
+        name: torch.frombuffer(files[f"data/{key}"], dtype=dtype).as_strided(*shape)
+        for name, (dtype, key, *shape) in found.items()
+    }
+
+
+PICKLED = 160_000  # bytes; b3 has 105,231
+STORAGES = {f"torch {kind}Storage": kind.lower() for kind in ("Half", "BFloat16", "Float", "Double", "Long")}
+
+
+def parse_pickle(stream: BinaryIO) -> Any:
+    """Return what the next pickle of a stream says, as texts, numbers, tuples and (opcode, *operands): nothing is run.
+
+    A few bytes may say so much that it must be neither hashed nor printed nor compared with its like.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, value, _ in pickletools.genops(stream):
+        kinds = opcode.stack_before
+        if opcode.name.endswith("PUT"):
+            memo[value] = stack[-1]
+        elif opcode.name.endswith("GET"):
+            stack.append(memo[value])
+        elif opcode.name == "MARK":
+            marks.append(len(stack))
+        elif value is not None:
+            stack.append(value)
+        else:
+            marked = pickletools.markobject in kinds
+            first = marks.pop() - kinds.index(pickletools.markobject) if marked else len(stack) - len(kinds)
+            stack[first:] = [tuple(stack[first:]) if "TUPLE" in opcode.name else (opcode.name, *stack[first:])]
+    return stack[-1][1]  # of STOP
+
+
+def filled(node: Any) -> list[Any]:
+    """Return what a parsed list holds, or a parsed dict: keys and values in turn."""
+    match node:
+        case ("APPEND" | "APPENDS" | "SETITEM" | "SETITEMS", container, *items):
+            return filled(container) + items
+        case ("BUILD", container, _):  # _ the versions of the modules
+            return filled(container)
+        case ("EMPTY_LIST" | "EMPTY_DICT",) | ("REDUCE", "collections OrderedDict", ()):
+            return []
+    raise ValueError("something else")
+
+
+def described(node: Any) -> dict[str, tuple[Any, ...]]:
+    """Return each tensor of a parsed state dict as (dtype, key of its storage, size, stride, offset)."""
+    items, found = filled(node), {}
+    for name, tensor in zip(items[::2], items[1::2]):
+        match name, tensor:
+            case str(), ("REDUCE", "torch._utils _rebuild_tensor_v2", (
+                ("BINPERSID", ("storage", str(kind), str(key), _, _, *view)), int(offset), size, stride, _, _
+            )) if kind in STORAGES and view in ([], [("NONE",)]):  # fmt: skip
+                found[name] = getattr(torch, STORAGES[kind]), key, size, stride, offset
+            case _:
+                raise ValueError(f"{shown(name) if isinstance(name, str) else 'a key'} is no dense tensor of floats")
+    return found
 
 
 def published_names(network: EfficientNet) -> dict[str, str]:
-    """Return what the authors call each module that has a state, by its name in `network`."""
-    names = {"stem.0": "features.0.1", "stem.1": "features.0.2"}
-    for i, block in enumerate(network.blocks):
-        unit = 0
-        for j, layer in enumerate(block.layers):
-            ours, theirs = f"blocks.{i}.layers.{j}", f"features.{i + 1}.conv.{unit}"
-            match layer:
-                case nn.Conv2d() if layer.bias is None:  # padding 0, convolution 1, batch norm 2
-                    names |= {ours: f"{theirs}.1", f"blocks.{i}.layers.{j + 1}": f"{theirs}.2"}
-                    unit += 1
-                case SqueezeExcitation():
-                    names |= {f"{ours}.{k}": f"{theirs}.se.{k}" for k in (1, 3)}
-                    unit += 1
-                case nn.Conv2d():  # the projection, and its batch norm
-                    names |= {ours: theirs, f"blocks.{i}.layers.{j + 1}": f"features.{i + 1}.conv.{unit + 1}"}
-    head = f"features.{len(network.blocks) + 1}"
-    names |= {"head.0": f"{head}.1", "head.1": f"{head}.2"}
-    return names | {"embedding": "classifier.0", "cosine": "classifier.2"}
+    """Return the names of the modules that have a state, by those that the authors call them."""
+    theirs = ["features.0.1", "features.0.2"]  # padding 0, convolution 1, batch norm 2
+    for i, block in enumerate(network.blocks, 1):
+        units = sum(isinstance(layer, nn.SiLU) for layer in block.layers)  # an expansion, where there is one; depthwise
+        inner = [f"{unit}.{k}" for unit in range(units) for k in (1, 2)]
+        inner += [f"{units}.se.1", f"{units}.se.3", f"{units + 1}", f"{units + 2}"]
+        theirs += [f"features.{i}.conv.{name}" for name in inner]
+    theirs += [f"features.{len(network.blocks) + 1}.{k}" for k in (1, 2)] + ["classifier.0", "classifier.2"]
+    return dict(zip(theirs, dict.fromkeys(name.rpartition(".")[0] for name in network.state_dict()), strict=True))
+
+
+def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
+    """Return a published network as a checkpoint of ours holds it; raises Refused."""
+    tensors = read_published(path, build_network(name))
+    stage = Stage(path.stem if re.fullmatch(NAME, path.stem) else "imported", network=name)
+    unknown = Tested(stage.epochs, None, None)
+    with open(path, "rb") as file:
+        origin = Origin(path.name, hashlib.file_digest(file, "sha256").hexdigest())
+    return tensors, Metadata(stage, (), stage.epochs, unknown, unknown, imported=origin)
 
 
 # ---------------------------------------------------------------------------------------------------------- Training
@@ -1879,10 +2114,13 @@ class Run:
     optimizer: torch.optim.Optimizer
     model: nn.Module  # the student as accelerate prepared it: autocast, DDP, compiled
     cost: Cost
-    facts: dict[str, Any]  # device, precision, versions: what a result depends on
+    facts: Facts
     teacher: nn.Module | None = None
-    teacher_facts: dict[str, Any] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)  # a record an epoch
+    taught_by: Teacher | None = None
+    history: list[Record] = field(default_factory=list)
+    best: Record | None = None  # of the history, the first of equals
+    best_network: str = ""  # SHA-256 of its tensors, once it is kept
+    written: Metadata | None = None  # of last.safetensors, as this run found or wrote it
     notes: list[str] = field(default_factory=list)  # what the user must know before it goes on
 
 
@@ -1891,10 +2129,10 @@ class Started:
     """A stage begins, or goes on."""
 
     stage: Stage
-    facts: dict[str, Any]
+    facts: Facts
     cost: Cost
-    teacher: dict[str, Any] | None
-    history: list[dict[str, Any]]  # of the epochs that are done
+    teacher: Teacher | None
+    history: list[Record]  # of the epochs that are done
     notes: list[str]
 
 
@@ -1913,16 +2151,16 @@ class Stepped:
 class EpochDone:
     """An epoch is trained and evaluated."""
 
-    record: dict[str, Any]  # a line of log.jsonl
-    best: dict[str, Any]  # the best epoch's record so far
+    record: Record
+    best: Record  # so far
 
 
 @dataclass(frozen=True)
 class Finished:
     """The last epoch is done."""
 
-    best: dict[str, Any]
-    last: dict[str, Any]
+    best: Record
+    last: Record
 
 
 Event = Started | Stepped | EpochDone | Finished
@@ -1937,7 +2175,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
     processes, process = accelerator.num_processes, accelerator.process_index
     parts = accelerator.gradient_accumulation_steps
     share = stage.batch_size // (parts * processes)  # images per process and forward pass
-    yield Started(stage, run.facts, run.cost, run.teacher_facts, list(run.history), run.notes)
+    yield Started(stage, run.facts, run.cost, run.taught_by, list(run.history), run.notes)
 
     for epoch in range(len(run.history) + 1, stage.epochs + 1):
         start = time.monotonic()
@@ -1979,41 +2217,36 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
         with accelerator.autocast():
             totals = evaluate(run.student, run.test.part(process, processes), stage.scale)
         tested = accuracy(accelerator.reduce(totals, "sum"), stage.test_size)
-        if not (math.isfinite(loss + tested.loss) and is_finite(run.student)):
-            raise not_finite(stage, epoch, stage.steps_per_epoch)
-        run.history.append(
-            {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": loss / seen,
-                "train_top1": 100 * hits / seen,
-                "test_loss": tested.loss,
-                "test_top1": tested.top1,
-                "test_top5": tested.top5,
-                "seconds": time.monotonic() - start,
-                "images_per_second": seen / seconds,
-            }
+        if not (
+            math.isfinite(loss + tested.loss) and all(t.isfinite().all() for t in run.student.state_dict().values())
+        ):
+            bad.fill_(stage.steps_per_epoch)
+        check_steps(stage, epoch, bad)
+        record = Record(
+            epoch=epoch,
+            lr=lr,
+            train_loss=loss / seen,
+            train_top1=100 * hits / seen,
+            test_loss=tested.loss,
+            test_top1=tested.top1,
+            test_top5=tested.top5,
+            seconds=time.monotonic() - start,
+            images_per_second=seen / seconds,
         )
-        yield EpochDone(run.history[-1], best_of(run.history))
-    yield Finished(best_of(run.history), run.history[-1])
+        run.history.append(record)
+        if run.best is None or record.test_top1 > run.best.test_top1:
+            run.best = record
+        yield EpochDone(record, run.best)
+    yield Finished(run.best, run.history[-1])
 
 
 def check_steps(stage: Stage, epoch: int, bad: Tensor) -> None:
-    """Raise NotFinite if `bad` holds the number of a step whose loss was not finite, 0 being none."""
+    """Raise NotFinite if `bad` holds the number of a step that came to nan or infinity, 0 being none."""
     if step := int(bad):  # sync
-        raise not_finite(stage, epoch, step)
-
-
-def not_finite(stage: Stage, epoch: int, step: int) -> NotFinite:
-    where = f"epoch {epoch}, step {step} of {stage.steps_per_epoch}"
-    return NotFinite(
-        f"stage {stage.name}: nan or infinity in {where}: what is kept ends with epoch {epoch - 1}; try a lower lr"
-    )
-
-
-def is_finite(network: nn.Module) -> bool:
-    """Tell whether all weights and batch-norm statistics of a network are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())  # sync
+        where = f"epoch {epoch}, step {step} of {stage.steps_per_epoch}"
+        raise NotFinite(
+            f"stage {stage.name}: nan or infinity in {where}: what is kept ends with epoch {epoch - 1}; try a lower lr"
+        )
 
 
 def average_statistics(network: nn.Module, accelerator: Accelerator) -> None:
@@ -2066,17 +2299,19 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
 
 def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[str, Any]:
     """Return how a checkpoint does, on a GPU if there is one; raises Refused."""
-    tensors, metadata = load_checkpoint(path)
-    stage, network = trained_stage(path, metadata), network_from(path, tensors, metadata)
+    tensors, about = load_checkpoint(path)
+    stage, network = about.stage, network_from(path, tensors, about)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = load_images(stage, data, train=False).to(device)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
         tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
-    if "exported" in metadata:  # its outputs are no cosines, so that a loss of them has no meaning
+    if not math.isfinite(tested.loss):
+        raise Refused(f"{path}: its outputs in {precision} are not finite: expected finite ones")
+    if about.exported:  # its outputs are no cosines, so that a loss of them has no meaning
         tested = tested._replace(loss=None)
-    about = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
-    return about | {"precision": precision, **tested._asdict()}
+    found = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
+    return found | {"precision": precision, **tested._asdict()}
 
 
 def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None) -> Accelerator:
@@ -2122,41 +2357,50 @@ def is_launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator) -> Run:
-    """Put data, student, teacher and optimiser on the device, as the stage left them or as it begins."""
+def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, state: State | None) -> Run:
+    """Put data, student, teacher and optimiser on the device, as a state left them or as the stage begins."""
     parts = accelerator.gradient_accumulation_steps * accelerator.num_processes
     if stage.batch_size % parts:
         words = f"{accelerator.num_processes} processes x {accelerator.gradient_accumulation_steps} accumulation steps"
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    found = first_sound(last_paths(ckpt / stage.name), load_state)
-    if found:
-        check_unchanged(stage, found[0], found[1][1])
-        if accelerator.is_main_process:
-            settle_best(stage, ckpt, found[1][1])
-    teacher, teacher_facts = load_teacher(stage, ckpt, found and found[1][1])
+    teacher, taught_by = load_teacher(stage, ckpt, state)
     with accelerator.local_main_process_first():  # which downloads for all
         train, test = (load_images(stage, data, part) for part in (True, False))
 
     run = new_run(stage, accelerator, train, test)
-    run.teacher, run.teacher_facts = place_teacher(teacher, accelerator) if teacher else None, teacher_facts
-    if found:
-        path, (tensors, metadata), refused = found
-        restore(run, path, tensors, metadata)
-        run.notes = [f"WARNING: {reason}: going on from {path}" for reason in refused]
-        run.notes += environment_changes(metadata, run.facts)
+    run.teacher, run.taught_by = place_teacher(teacher, accelerator) if teacher else None, taught_by
+    if state:
+        restore(run, state)
+        if accelerator.is_main_process:
+            go_on(run, ckpt / stage.name, state)
     return run
 
 
-def environment_changes(kept: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+def go_on(run: Run, folder: Path, state: State) -> None:
+    """Make a stage's folder what the state says that a run goes on from; raises Refused where that cannot be done."""
+    found = fallen_back(folder, state)
+    settle(folder, found, thorough=True)
+    about, last = found.metadata, last_paths(folder)[0]
+    run.best, run.best_network = about.history[about.best.epoch - 1], about.best_network
+    run.written = about if state.path == last else None
+    run.notes = [f"WARNING: {reason}" for reason in state.refused]
+    if about.best != state.metadata.best:
+        lost, best = state.metadata.best.epoch, about.best.epoch
+        run.notes.append(
+            f"WARNING: the network of epoch {lost}, the best, is gone with it: epoch {best} counts as the best so far"
+        )
+    run.notes += environment_changes(about, run.facts)
+
+
+def environment_changes(kept: Metadata, facts: Facts) -> list[str]:
     """Say what has changed since a stage was last at work; the result will not have the bits that it would have had."""
     names = ("device", "processes", "threads", "precision", "compile")
-    changes = [f"{name} was {kept.get(name)} and is {facts[name]}" for name in names if kept.get(name) != facts[name]]
-    was, now = kept["versions"].get("torch"), facts["versions"]["torch"]
+    pairs = [(name, getattr(kept.facts, name), getattr(facts, name)) for name in names]
+    pairs.append(("torch", kept.facts.versions.get("torch"), facts.versions["torch"]))
     return [
-        f"changed since epoch {kept['epoch']}: {change}"
-        for change in changes + [f"torch was {was} and is {now}"] * (was != now)
+        f"changed since epoch {kept.epoch}: {name} was {was} and is {now}" for name, was, now in pairs if was != now
     ]
 
 
@@ -2178,97 +2422,67 @@ def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images)
     return Run(accelerator, train, test, student, prepared, model, cost, run_facts(accelerator))
 
 
-def restore(run: Run, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Bring a run to where a checkpoint stands: weights, momentum, history and the loss scale of fp16."""
-    fill_network(path, run.student, tensors)
+def restore(run: Run, state: State) -> None:
+    """Bring a run to where a state stands: weights, momentum, history and the loss scale of fp16; raises Refused."""
+    fill_network(state.path, run.student, state.tensors)
     for name, parameter in run.student.named_parameters():
-        if MOMENTUM + name in tensors:  # laid out like the weight, which is channels_last
-            momentum = torch.empty_like(parameter).copy_(tensors[MOMENTUM + name])
+        if MOMENTUM + name in state.tensors:  # laid out like the weight, which is channels_last
+            momentum = torch.empty_like(parameter).copy_(state.tensors[MOMENTUM + name])
             run.optimizer.state[parameter]["momentum_buffer"] = momentum
-    if run.accelerator.scaler and metadata["scaler"]:
-        run.accelerator.scaler.load_state_dict(metadata["scaler"])
-    run.history = metadata["history"]
+    if run.accelerator.scaler and state.metadata.scaler:
+        run.accelerator.scaler.load_state_dict(state.metadata.scaler)
+    run.history = list(state.metadata.history)
 
 
 def save_epoch(folder: Path, stage: Stage, run: Run) -> None:
-    """Keep the epoch that a run has just finished: best.safetensors, last.safetensors and log.jsonl.
+    """Keep the epoch that a run has just finished: last.safetensors, and after it what follows from it.
 
-    In this order, so that a run cut off in between repeats the epoch, and `settle_best` finds what `last` speaks of.
+    A run that is cut off in between finds the best network in last.safetensors, or where it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    network = run.student.state_dict()
-    best, last = best_of(run.history), run.history[-1]
-    explanation = explain(stage, run)
-    path, overtaken = best_paths(folder)
-    if best is last:
-        save_checkpoint(path, network, explanation | {"epoch": last["epoch"]}, overtaken)
-    else:
-        check_best(stage, folder.parent, explanation)  # somebody may have removed it
-        if last["epoch"] == stage.epochs:  # the kept network, with what only the end of the stage knows
-            save_checkpoint(path, load_checkpoint(path)[0], explanation | {"epoch": best["epoch"]})
+    network = {name: tensor.detach().cpu() for name, tensor in run.student.state_dict().items()}
+    if run.best is run.history[-1]:
+        run.best_network = digest(network)
     state = run.optimizer.state
     momentum = {MOMENTUM + n: state[p]["momentum_buffer"] for n, p in run.student.named_parameters() if p in state}
-    kept, previous = last_paths(folder)
-    save_checkpoint(kept, network | momentum, explanation | {"epoch": last["epoch"]}, previous)
-    replace_file(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in run.history).encode())
+    last, previous = last_paths(folder)
+    run.written = save_checkpoint(last, network | momentum, explain(stage, run), previous)
+    settle(folder, State(last, network, run.written), thorough=len(run.history) == stage.epochs)
 
 
-def explain(stage: Stage, run: Run) -> dict[str, Any]:
-    """Return the metadata that explain a checkpoint by itself."""
-    seconds = sum(record["seconds"] for record in run.history)
-    images = len(run.history) * stage.steps_per_epoch * stage.batch_size
-    return {
-        "format": FORMAT,
-        "micronet": __version__,
-        "stage": asdict(stage) | ({"lr": stage.lr._asdict()} if isinstance(stage.lr, Schedule) else {}),
-        "class_names": run.train.class_names,
-        "best": tested_at(best_of(run.history)),
-        "last": tested_at(run.history[-1]),
-        "teacher": run.teacher_facts,
-        "cost": run.cost._asdict() | {"ops": run.cost.ops, "score": run.cost.score},
-        "seconds": round(seconds, 1),
-        "images_per_second": round(images / seconds, 1),
-        "history": run.history,
-        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-        **run.facts,
-    }
+def explain(stage: Stage, run: Run) -> Metadata:
+    """Return the metadata of the state that a run has come to."""
+    return Metadata(
+        stage=stage,
+        class_names=tuple(run.train.class_names),
+        epoch=run.history[-1].epoch,
+        best=tested_at(run.best),
+        last=tested_at(run.history[-1]),
+        history=tuple(run.history),
+        teacher=run.taught_by,
+        cost=run.cost,
+        facts=run.facts,
+        scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+        best_network=run.best_network,
+    )
 
 
-def load_teacher(
-    stage: Stage, ckpt: Path, kept: dict[str, Any] | None
-) -> tuple[nn.Module | None, dict[str, Any] | None]:
-    """Return a stage's frozen teacher and the facts that its students record; raises Failure if it is not ready."""
+def load_teacher(stage: Stage, ckpt: Path, state: State | None) -> tuple[nn.Module | None, Teacher | None]:
+    """Return a stage's frozen teacher and what its students record of it; raises Failure if it is not ready.
+
+    Raises Refused, too, where another network has taught the stage so far.
+    """
     if stage.teacher is None:
         return None, None
-    path = teacher_path(stage, ckpt)
-    if not path.exists():
-        raise Misconfigured(
-            f"stage {stage.name}: its teacher {stage.teacher} has no {path}: train it first, or use `chain`"
-        )
-    tensors, metadata = load_checkpoint(path)
-    if "exported" in metadata:
-        raise Misconfigured(
-            f"stage {stage.name}: its teacher {path} is exported and has no cosines: name its checkpoint"
-        )
-    if metadata["last"]["epoch"] < metadata["stage"]["epochs"]:
-        raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
-    taught = trained_stage(path, metadata)
-    if (taught.classes, taught.scale) != (stage.classes, stage.scale):
-        found = f"a network of {taught.classes} classes at scale {taught.scale}"
-        raise Refused(f"{path}: {found}: stage {stage.name} expects {stage.classes} classes at scale {stage.scale}")
-    if path.resolve().parent == (ckpt / stage.name).resolve():
+    path, _ = find_teacher(stage, ckpt)
+    tensors, about = load_checkpoint(path)
+    teacher = Teacher(stage.teacher, about.stage.name, about.tensors, about.tested)
+    if state and (began := state.metadata.teacher).identity != teacher.identity:
         raise Refused(
-            f"{path}: stage {stage.name} wrote it and cannot be its own teacher: expected another one's network"
+            f"{path}: the teacher has changed since stage {stage.name} began: expected {began.tensors[:12]}... of "
+            f"stage {began.stage}, found {teacher.tensors[:12]}... of {teacher.stage}; use the old one or --restart"
         )
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise Refused(f"{path}: expected finite weights, found nan or infinity: it cannot teach stage {stage.name}")
-    facts = {"name": stage.teacher, "file": str(path), "sha256": file_hash(path), **metadata["best"]}
-    if kept and (began := kept["teacher"]["sha256"]) != facts["sha256"]:
-        raise Refused(
-            f"{path}: the teacher has changed since stage {stage.name} began: expected SHA-256 {began[:12]}..., found "
-            f"{facts['sha256'][:12]}...; go on with the old one or --restart"
-        )
-    return network_from(path, tensors, metadata), facts
+    return network_from(path, tensors, about), teacher
 
 
 def place_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -2281,42 +2495,42 @@ def place_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     return teacher if plugin.backend.value == "NO" else torch.compile(teacher, **plugin.to_kwargs())
 
 
-def run_facts(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what a run's result and speed depend on: device, processes, precision, compilation, versions, commit."""
+def run_facts(accelerator: Accelerator) -> Facts:
+    """Return what a run's result and speed depend on."""
     from importlib.metadata import version
 
-    device = accelerator.device
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type.upper()} ({platform.machine()})"
-    )
-    compiled = accelerator.state.dynamo_plugin.backend.value.lower()
-    return {
-        "device": name,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        "compile": None if compiled == "no" else compiled,
-        "versions": {
+    device, compiled = accelerator.device, accelerator.state.dynamo_plugin.backend.value.lower()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return Facts(
+        device=gpu or f"{device.type.upper()} ({platform.machine()})",
+        processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        compile=None if compiled == "no" else compiled,
+        versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
             **{package: version(package) for package in ("torchvision", "accelerate")},
         },
-        "commit": git_commit(),
-    }
+        commit=git_commit(),
+    )
 
 
 def git_commit() -> str | None:
-    """Return the commit that this file stands at, with a + if it has changed since, or None outside git."""
-    describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    """Return the commit that this file stands at, with a + if it has changed since, or None where git tracks it not."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        result = subprocess.run(describe, capture_output=True, text=True)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True)
+        found = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         return None
-    return result.stdout.strip() or None
+    return found if tracked.returncode == 0 and found else None
 
 
 # ------------------------------------------------------------------------------------------------------------- Speed
-# How fast the training loop is, where its time goes and what bounds it.
+# How fast the training loop is, and where its time goes.
 
 
 class Clock:
@@ -2372,85 +2586,41 @@ def train_timed(stage: Stage, run: Run, steps: int) -> list[dict[str, float]]:
 PARTS = ("views", "teacher", "forward", "backward", "optimizer")  # of a step; backward includes the loss
 
 
-def measure_speed(stage: Stage, run: Run, warm_up: int, steps: int) -> dict[str, Any]:
-    """Return how fast a run trains, as medians over `steps` steps, and what bounds it.
+WARM_UP = 3  # steps that are not timed
 
-    `idle` is the share of a step in which the device computes nothing (on a CPU: its cores, on average). `limit` is
-    the share of a step that its bytes or operations need at the device's own rates, whichever is more: `traffic`
-    of the student's forward pass, twice that for backward, and the teacher's.
+
+def bare_run(stage: Stage, stages: dict[str, Stage], data: Path | None, steps: int) -> tuple[Stage, Run]:
+    """Return a stage of so many steps at least and its run, with a teacher that knows nothing; raises Failure.
+
+    On random images where no `data` are named, and on no more than are needed.
     """
-    device, facts = run.accelerator.device, run.facts
-    train_timed(stage, run, warm_up)
-    used, begun = time.process_time(), time.perf_counter()
+    needed = max(stage.batch_size, math.ceil(stage.batch_size * (WARM_UP + steps) / len(stage.views)))
+    stage = replace(stage, train_images=min(needed, DATASETS[stage.dataset].train))
+    images = load_images(stage, data, train=True) if data else random_images(stage, stage.train_size)
+    run = new_run(stage, open_accelerator(), images, images)
+    if stage.teacher:
+        teacher = stages.get(stage.teacher) or read_metadata(Path(stage.teacher)).stage
+        network = build_network(teacher.network, teacher.classes, teacher.width, teacher.depth)
+        run.teacher = place_teacher(network, run.accelerator)
+    return stage, run
+
+
+def measure_speed(stage: Stage, run: Run, steps: int) -> dict[str, Any]:
+    """Return how fast a run trains, as medians over `steps` steps."""
+    train_timed(stage, run, WARM_UP)
     timed = train_timed(stage, run, 1 + steps)
-    idle = 1 - (time.process_time() - used) / (time.perf_counter() - begun) / facts["threads"]
     median = {part: statistics.median(step[part] for step in timed) for part in timed[0]}
-    if device.type == "cuda":
-        idle = 1 - device_seconds(stage, run, steps) / (steps * median["step"])
-    peak_mb = peak_memory_mb(device)  # before `device_rates` takes memory of its own
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(facts["precision"], torch.float32)
-    bandwidth, rate = device_rates(device, kind)
-    moved, macs = (3 * n for n in traffic(run.student))
-    if run.teacher:
-        moved, macs = (n + m for n, m in zip((moved, macs), traffic(run.teacher)))
-    images = stage.batch_size / facts["processes"]
-    least = images * max(moved * kind.itemsize / bandwidth, 2 * macs / rate)
+    names = ("device", "processes", "threads", "precision", "compile")
     return {
         "stage": stage.name,
         "network": stage.network,
         "teacher": stage.teacher,
-        **{name: facts[name] for name in ("device", "processes", "threads", "precision", "compile")},
+        **{name: getattr(run.facts, name) for name in names},
         "batch_size": stage.batch_size,
         "images_per_second": stage.batch_size / median["step"],
         "seconds": {part: median.get(part, 0.0) for part in PARTS},
-        "peak_memory_mb": peak_mb,
-        "idle": max(0.0, idle),
-        "limit": least / median["step"],
+        "peak_memory_mb": peak_memory_mb(run.accelerator.device),
     }
-
-
-def device_seconds(stage: Stage, run: Run, steps: int) -> float:
-    """Return for how long the kernels of some steps keep a GPU busy."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        train_timed(stage, run, steps)
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-
-
-def device_rates(device: torch.device, kind: torch.dtype) -> tuple[float, float]:  # bytes/s, operations/s
-    """Measure how fast a device copies memory (bytes read and written) and multiplies matrices; the best of five."""
-    side = 8192 if device.type == "cuda" else 2048
-    matrix, source = torch.ones(side, side, device=device, dtype=kind), torch.ones(2**26, device=device)
-    target, clock = torch.empty_like(source), Clock(device)
-    for _ in range(6):  # the first warms up
-        clock.mark("begin")
-        target.copy_(source)
-        clock.mark("copy")
-        matrix @ matrix
-        clock.mark("multiply")
-    best = {part: min(s for p, s in clock.seconds()[2:] if p == part) for part in ("copy", "multiply")}
-    return 2 * source.nbytes / best["copy"], 2 * side**3 / best["multiply"]
-
-
-def traffic(network: nn.Module) -> tuple[int, int]:
-    """Return how many elements a forward pass moves for one image, and its multiply-accumulates.
-
-    Every leaf module reads its input and writes its output once; weights are shared by a batch and not counted.
-    """
-    moved = macs = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal moved, macs
-        moved += inputs[0].numel() + output.numel()
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            macs += output.numel() * module.weight[0].numel()
-
-    hooks = [module.register_forward_hook(count) for module in network.modules() if not list(module.children())]
-    weight = next(network.parameters())
-    with torch.no_grad():
-        network.eval()(torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype))
-    for hook in hooks:
-        hook.remove()
-    return moved, macs
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -2458,27 +2628,6 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def step_work(stage: Stage, stages: Collection[Stage]) -> int:
-    """Return what an image costs a training step, in elements that convolutions put out.
-
-    The student's three times, as backward takes twice what forward does, and the teacher's, a stage or a checkpoint. A
-    checkpoint that cannot be read costs nothing: this is a guess for whoever waits, and ends no run.
-    """
-
-    def forward(stage: Stage) -> int:
-        return convolved(*multipliers(stage.network, stage.width, stage.depth))
-
-    if stage.teacher is None:
-        return 3 * forward(stage)
-    teacher = next((other for other in stages if other.name == stage.teacher), None)
-    if teacher is None:
-        try:
-            teacher = trained_stage(path := Path(stage.teacher), read_metadata(path))
-        except Refused:
-            return 3 * forward(stage)
-    return 3 * forward(stage) + forward(teacher)
 
 
 # ------------------------------------------------------------------------------------------------------------- Views
@@ -2516,12 +2665,9 @@ class Dashboard(Plain):
     At the end it stays there, or makes room for the next stage's.
     """
 
-    def __init__(
-        self, console: Console, kept: dict[Stage, dict[str, Any] | None], states: dict[str, str], stays: bool = True
-    ) -> None:
+    def __init__(self, console: Console, kept: Collection[Kept], stays: bool = True) -> None:
         super().__init__(console)
-        self.kept, self.states, self.stays = kept, dict(states), stays
-        self.history: list[dict[str, Any]] = []
+        self.kept, self.stays = {each.stage.name: each for each in kept}, stays
         self.bars: list[RenderableType] = []
 
     def __enter__(self) -> Dashboard:
@@ -2534,10 +2680,15 @@ class Dashboard(Plain):
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self.bars:
             ended = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
-            self.states[self.stage.name] = ended
+            self.set(state=ended)
             self.draw()
         with suppress(OSError):
             self.live.stop()
+
+    def set(self, **changes: Any) -> None:
+        """Note what the stage at work has come to."""
+        name = self.stage.name
+        self.kept[name] = replace(self.kept.get(name, Kept(self.stage)), **changes)
 
     def draw(self) -> None:
         """Draw the screen anew, or never again where the terminal is gone."""
@@ -2552,10 +2703,7 @@ class Dashboard(Plain):
                 super().__call__(event)
                 self.begun, self.first = time.monotonic(), len(event.history) * event.stage.steps_per_epoch
                 self.teacher = event.teacher
-                self.states[event.stage.name] = "running"
-                self.history = list(event.history)
-                self.work = {stage: step_work(stage, self.kept) for stage in self.kept}
-                self.drops = rate_drops(event.stage)
+                self.set(state="running")
                 self.bars = [Text(" the first step is under way")]
                 self.draw()
             case Stepped() if time.monotonic() - self.drawn >= 0.25:
@@ -2563,7 +2711,9 @@ class Dashboard(Plain):
                 self.draw()
                 self.drawn = time.monotonic()
             case EpochDone():
-                self.history.append(event.record)
+                history, best, last = (*self.kept[self.stage.name].history, event.record), event.best, event.record
+                about = Metadata(self.stage, (), last.epoch, tested_at(best), tested_at(last), history)
+                self.set(metadata=about)
             case Finished():
                 self.live.transient = not self.stays
                 say(self.console, conclusion(self.stage, event))
@@ -2575,85 +2725,53 @@ class Dashboard(Plain):
         done = (event.epoch - 1) * steps + event.step
         rate = (done - self.first) / (time.monotonic() - self.begun) * stage.batch_size  # evaluations included
         left = (stage.epochs * steps - done) * stage.batch_size
-        others = {other: metadata for other, metadata in self.kept.items() if other != stage}
-        later = left + sum(
-            images_left(other, metadata) * self.work[other] / self.work[stage] for other, metadata in others.items()
-        )
-        tested = percent(self.history[-1]["test_top1"]) if self.history else "-"
+        later = left + sum(other.images_left for name, other in self.kept.items() if name != stage.name)
+        history = self.kept[stage.name].history
+        trained = f"loss {loss:.3f}  train top-1 {percent(100 * hits)}"
+        tested = f"lr {event.lr:.3g}  test top-1 {percent(history[-1].test_top1) if history else '-'}"
         bars = Table.grid(padding=(0, 1))
         for _ in range(2):
             bars.add_column(no_wrap=True)
-        bars.add_row(" step", ProgressBar(steps, event.step, width=26), f"{event.step:,}/{steps:,}",
-                     f"loss {loss:.3f}  train top-1 {percent(100 * hits)}")  # fmt: skip
-        bars.add_row(" epoch", ProgressBar(stage.epochs, event.epoch - 1, width=26), f"{event.epoch:,}/{stage.epochs:,}",
-                     f"lr {event.lr:.3g}  test top-1 {tested}")  # fmt: skip
+        step, epoch = (ProgressBar(of, n, width=26) for n, of in ((event.step, steps), (event.epoch - 1, stage.epochs)))
+        bars.add_row(" step", step, f"{event.step:,}/{steps:,}", trained)
+        bars.add_row(" epoch", epoch, f"{event.epoch:,}/{stage.epochs:,}", tested)
         speed = f" {rate:,.0f} images/s, {peak_memory_mb(event.totals.device):,.0f} MiB, {duration(left / rate)} left"
         if later > left:
-            speed += f"; all stages {duration(later / rate)}"
+            speed += f"; all stages {duration(later / rate)} at this pace"
         return [bars, Text(speed)]
 
     def picture(self) -> RenderableType:
         """Return what stands on the screen, no taller than that."""
         if not self.bars:
             return Text("")
-        width, height = self.console.size
-        rows = chain_rows(self.kept, self.states, self.stage, self.history)
-        room = height - 8  # four lines of the table are no rows, three are bars and speed, one stays free
-        most = max(1, min(len(rows), room - 6))
-        here = next(i for i, row in enumerate(rows) if row[0] == self.stage.name)
-        first = min(max(0, here - most // 2), len(rows) - most)
-        parts: list[RenderableType] = [chain_table(rows[first : first + most]), *self.bars]
-        tall = min(room - most, 16)
-        if tall >= 6:
-            top1 = self.teacher and self.teacher["top1"]
-            options = self.console.options
-            lines = curve(self.history, self.stage.epochs, top1, self.drops, min(width, 120), tall, options.ascii_only)
-            parts += [Text(line, no_wrap=True) for line in lines]
-        return Group(*parts)
+        kept = list(self.kept.values())
+        room = self.console.height - 8  # four lines of the table are no rows, three are bars and speed, one stays free
+        most = max(1, min(len(kept), room - 6))
+        here = list(self.kept).index(self.stage.name)
+        first = min(max(0, here - most // 2), len(kept) - most)
+        table, tall = stages_table(kept, PROGRESS, rows=slice(first, first + most)), min(room - most, 16)
+        ascii_only = self.console.options.ascii_only
+        return Group(table, *self.bars, *stage_curve(kept[here], self.teacher, self.console.width, tall, ascii_only))
 
 
-def choose_view(
-    console: Console, kept: dict[Stage, dict[str, Any] | None], states: dict[str, str], stays: bool = True
-) -> Plain:
+def choose_view(console: Console, kept: Collection[Kept], stays: bool = True) -> Plain:
     """Return the dashboard where somebody can watch it, a line an epoch everywhere else."""
     watched = console.is_interactive and not console.quiet and console.file.isatty()  # FORCE_COLOR makes no terminal
-    return Dashboard(console, kept, states, stays) if watched else Plain(console)
+    return Dashboard(console, kept, stays) if watched else Plain(console)
 
 
-def rate_drops(stage: Stage) -> list[int]:
-    """Return the epochs before which the rate of a stage drops."""
-    return [] if isinstance(stage.lr, Schedule) else [last + 1 for last, _ in stage.lr if last < stage.epochs]
-
-
-def chain_rows(
-    kept: dict[Stage, dict[str, Any] | None],
-    states: dict[str, str],
-    here: Stage | None = None,
-    history: Collection[dict[str, Any]] = (),
-) -> list[list[str]]:
-    """Write what stages have come to, a row each: name, network, teacher, state, epoch, best, last, time.
-
-    The stage that is trained here has come further than what it has kept: to `history`.
-    """
-    tops = {stage.name: metadata["best"]["top1"] for stage, metadata in kept.items() if metadata}
-    rows = []
-    for stage, metadata in kept.items():
-        records = history if stage == here else metadata["history"] if metadata else []
-        top1 = tops.get(stage.teacher)
-        teacher = stage.teacher or "-"
-        figures = ["-", "-", "-"]
-        if records:
-            seconds = sum(record["seconds"] for record in records)
-            best, last = best_of(records)["test_top1"], records[-1]["test_top1"]
-            figures = [f"{best:.2f}", f"{last:.2f}", duration(seconds)]
-        network = stage.network.removeprefix("efficientnet_")
-        taught = teacher if top1 is None else f"{teacher} {top1:.2f}"
-        rows.append([stage.name, network, taught, states[stage.name], f"{len(records)}/{stage.epochs}", *figures])
-    return rows
+def stage_curve(kept: Kept, teacher: Teacher | None, width: int, tall: int, ascii_only: bool) -> list[Text]:
+    """Draw the curve of a stage beside its teacher's accuracy, or nothing in less than six lines."""
+    if tall < 6:
+        return []
+    lr, epochs, top1 = kept.stage.lr, kept.stage.epochs, teacher and teacher.tested.top1
+    drops = [] if isinstance(lr, Schedule) else [last + 1 for last, _ in lr if last < epochs]
+    lines = curve(kept.history, epochs, top1, drops, min(width, 120), tall, ascii_only)
+    return [Text(line, no_wrap=True) for line in lines]
 
 
 def curve(
-    history: list[dict[str, Any]],
+    history: Collection[Record],
     epochs: int,
     teacher: float | None,  # top-1 in percent
     drops: Collection[int],  # epochs before which the rate drops
@@ -2663,7 +2781,7 @@ def curve(
 ) -> list[str]:
     """Draw test top-1 in percent over the epochs as lines of at most `width` characters, `height` of them."""
     mark, dash, drop, corner, flat, wall = "*-:+-|" if ascii_only else "●╌┊└─│"
-    values = [record["test_top1"] for record in history] + ([] if teacher is None else [teacher])
+    values = [record.test_top1 for record in history] + ([] if teacher is None else [teacher])
     low = math.floor(min(values, default=0) / 10) * 10
     high = max(low + 10, math.ceil(max(values, default=100) / 10) * 10)
     rows, columns = height - 2, max(1, width - 8)
@@ -2681,7 +2799,7 @@ def curve(
     if teacher is not None:
         cells[row(teacher)] = [dash] * columns
     for record in history:
-        cells[row(record["test_top1"])][column(record["epoch"])] = mark
+        cells[row(record.test_top1)][column(record.epoch)] = mark
     if teacher is not None:
         label = list(f"{dash} teacher {teacher:.2f} ")[:columns]
         cells[row(teacher)][: len(label)] = label
@@ -2702,33 +2820,30 @@ def as_svg(picture: RenderableType, title: str) -> str:
 
 
 def stages_picture(
-    ckpt: Path,
-    kept: dict[Stage, dict[str, Any]],
-    damaged: list[str],
-    width: int,
-    tall: int,
-    ascii_only: bool,
-    room: int | None = None,
+    kept: list[Kept], troubles: list[str], width: int, tall: int, ascii_only: bool, room: int | None = None
 ) -> RenderableType:
-    """Draw the table of what is kept, and a curve for each stage; in `room` lines, if given, the youngest curve alone."""
-    states, drawn = stage_states(kept, ckpt), list(kept.items())
-    nothing = Text("no stage can be read here" if damaged else "no stage has finished an epoch here")
-    parts: list[RenderableType] = [chain_table(chain_rows(kept, states)) if kept else nothing]
-    lines = [] if room is None else list(damaged)  # `show` ends with them
-    for name, reason in failures(ckpt).items():
-        if states.get(name, "failed") == "failed" and reason not in damaged:  # one that has kept nothing has no state
-            lines.append(f"{name} failed: {reason}")
-    parts += [Text(printable(f" {line}"), no_wrap=room is not None, overflow="ellipsis") for line in lines]
-    heads = len(parts)
+    """Draw the table of what is kept, with troubles, a line each, below it, and a curve for each stage.
+
+    In `room` lines, if that is given, the youngest curve alone.
+    """
+    nothing = Text("no stage has finished an epoch here, or none can be read")
+    parts: list[RenderableType] = [stages_table(kept, PROGRESS) if kept else nothing]
+    parts += [Text(printable(f" {line}"), no_wrap=room is not None, overflow="ellipsis") for line in troubles]
+    heads, drawn = len(parts), kept
     if room is not None:
-        working = [(stage, metadata) for stage, metadata in drawn if states[stage.name] == "running"]
-        drawn, tall = (working or drawn)[-1:], min(tall, room - len(kept) - len(parts) - 6)
-    for stage, metadata in drawn if tall >= 6 else []:
-        teacher = metadata["teacher"] and metadata["teacher"]["top1"]
-        lines = curve(metadata["history"], stage.epochs, teacher, rate_drops(stage), width, tall, ascii_only)
-        title = f" {stage.name}: {pace(stage, metadata['history'])}"
-        parts += [Text(line, no_wrap=True) for line in ["", title, *lines]]
+        drawn = ([each for each in kept if each.state == "running"] or kept)[-1:]
+        tall = min(tall, room - len(kept) - len(parts) - 6)
+    for each in drawn if tall >= 6 else []:
+        parts += [Text(""), Text(f" {each.stage.name}: {pace(each.stage, each.history)}", no_wrap=True)]
+        parts += stage_curve(each, each.metadata.teacher, width, tall, ascii_only)
     return Group(*parts[heads:], *parts[:heads]) if room is None else Group(*parts)  # the table last, where it is seen
+
+
+def failure_lines(ckpt: Path, kept: list[Kept], damaged: list[str]) -> list[str]:
+    """Say why stages failed, those that have kept nothing included, but for what `damaged` says already."""
+    states = {each.stage.name: each.state for each in kept}
+    failed = {name: reason for name, reason in failures(ckpt).items() if states.get(name, "failed") == "failed"}
+    return [f"{name} failed: {reason}" for name, reason in failed.items() if reason not in damaged]
 
 
 def follow_stages(ckpt: Path, console: Console) -> None:
@@ -2737,8 +2852,9 @@ def follow_stages(ckpt: Path, console: Console) -> None:
         raise Misconfigured("--follow: standard output is no terminal: expected one, or show without --follow")
 
     def picture() -> RenderableType:
-        width, height = console.size
-        return stages_picture(ckpt, *kept_stages(ckpt), min(width, 120), 16, console.options.ascii_only, height)
+        kept, damaged = kept_stages(ckpt)
+        troubles = damaged + failure_lines(ckpt, kept, damaged)
+        return stages_picture(kept, troubles, console.width, 16, console.options.ascii_only, console.height)
 
     with StopRequest() as stop, Live(console=console, get_renderable=picture, auto_refresh=False) as live:
         while not stop.made():
@@ -2779,21 +2895,18 @@ def printable(text: str) -> str:
 
 def introduction(event: Started) -> list[str]:
     """Say what a stage trains and what it runs on."""
-    stage, facts, teacher = event.stage, event.facts, event.teacher
-    taught = (
-        f"{teacher['name']}, {percent(teacher['top1'])} top-1 ({teacher['file']})"
-        if teacher
-        else "none: the true labels"
-    )
+    stage, facts, taught = event.stage, event.facts, "none: the true labels"
+    if teacher := event.teacher:
+        top1, epoch = percent(teacher.tested.top1), teacher.tested.epoch
+        taught = f"{teacher.name}, {top1} top-1, epoch {epoch} of stage {teacher.stage}"
     launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
-    compiled = f"compiled by {facts['compile']}" if facts["compile"] else "not compiled"
+    compiled = f"compiled by {facts.compile}" if facts.compile else "not compiled"
     lines = [
         f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, score {event.cost.score:.6f}, "
         f"{count(stage.epochs, 'epoch')} of {count(stage.steps_per_epoch, 'step')} of {stage.batch_size} images, "
         f"seed {stage.seed}",
         f"teacher: {taught}",
-        f"runs on: {facts['device']}, {count(facts['processes'], 'process')}, {facts['precision']}, "
-        f"{compiled}{launched}",
+        f"runs on: {facts.device}, {count(facts.processes, 'process')}, {facts.precision}, {compiled}{launched}",
     ]
     done = len(event.history)
     return lines + event.notes + [f"goes on after epoch {done} of {stage.epochs}"] * (done > 0)
@@ -2803,26 +2916,26 @@ def epoch_line(stage: Stage, event: EpochDone) -> str:
     """Sum an epoch up."""
     r = event.record
     return (
-        f"{stage.name}  epoch {r['epoch']}/{stage.epochs}  lr {r['lr']:.3g}  "
-        f"train loss {r['train_loss']:.3f} top-1 {r['train_top1']:.2f} %  "
-        f"test loss {r['test_loss']:.3f} top-1 {r['test_top1']:.2f} % top-5 {r['test_top5']:.2f} %  "
-        f"best {event.best['test_top1']:.2f} %  {r['images_per_second']:,.0f} images/s  {duration(r['seconds'])}"
+        f"{stage.name}  epoch {r.epoch}/{stage.epochs}  lr {r.lr:.3g}  "
+        f"train loss {r.train_loss:.3f} top-1 {r.train_top1:.2f} %  "
+        f"test loss {r.test_loss:.3f} top-1 {r.test_top1:.2f} % top-5 {r.test_top5:.2f} %  "
+        f"best {event.best.test_top1:.2f} %  {r.images_per_second:,.0f} images/s  {duration(r.seconds)}"
     )
 
 
 def conclusion(stage: Stage, event: Finished) -> str:
     best, last = event.best, event.last
     return (
-        f"stage {stage.name} is finished: top-1 {best['test_top1']:.2f} % (best, epoch {best['epoch']}), "
-        f"{last['test_top1']:.2f} % (last, epoch {last['epoch']})"
+        f"stage {stage.name} is finished: top-1 {best.test_top1:.2f} % (best, epoch {best.epoch}), "
+        f"{last.test_top1:.2f} % (last, epoch {last.epoch})"
     )
 
 
-def pace(stage: Stage, history: list[dict[str, Any]]) -> str:
+def pace(stage: Stage, history: Collection[Record]) -> str:
     """Say how fast a stage has come to where its history ends, and when it will be done."""
-    seconds = statistics.median(record["seconds"] for record in history[-5:])
+    seconds = statistics.median(record.seconds for record in history[-5:])
     left = (stage.epochs - len(history)) * seconds
-    line = f"{history[-1]['images_per_second']:,.0f} images/s, {duration(seconds)} an epoch"
+    line = f"{history[-1].images_per_second:,.0f} images/s, {duration(seconds)} an epoch"
     return f"{line}, {duration(left)} left" if left > 0 else line
 
 
@@ -2850,55 +2963,70 @@ def duration(seconds: float) -> str:
 # Pure functions from numbers to tables.
 
 
-def new_table(title: str, names: str, numbers: str) -> Table:
-    """Return an empty table with columns of names, left, and of numbers, right; both split at commas."""
+def new_table(title: str, names: str, numbers: str | list[str]) -> Table:
+    """Return an empty table with columns of names, left, and of numbers, right; headings in a string end at commas."""
     table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in names.split(", "):
         table.add_column(heading, overflow="fold")
-    for heading in numbers.split(", "):
+    for heading in numbers.split(", ") if isinstance(numbers, str) else numbers:
         table.add_column(heading, justify="right", overflow="fold")
     return table
 
 
-def results_table(kept: dict[Stage, dict[str, Any]]) -> Table:
-    """Show what finished stages have come to, from their checkpoints' metadata."""
-    table = new_table(
-        "Test accuracy in percent; the best epoch is chosen on the test images",
-        "stage, network, teacher",
-        "top-1\nbest, top-1\nlast, top-5\nbest, params\n(M), ops\n(M), score, time",
-    )
-    table.padding = 0  # it is to fit 80 columns
-    for stage, metadata in kept.items():
-        network = stage.network.removeprefix("efficientnet_")
-        table.add_row(stage.name, network, stage.teacher or "-", *result_cells(metadata))
+def best_figure(kept: Kept, name: str) -> str:
+    """Write an accuracy of a stage's best epoch."""
+    return f"{getattr(kept.metadata.best, name):.2f}" if kept.metadata else "-"
+
+
+CELLS: dict[str, Callable[[Kept, dict[str, Kept]], str]] = {  # by heading, from a stage and all that stand beside it
+    "stage": lambda kept, _: kept.stage.name,
+    "network": lambda kept, _: short(kept.stage.network),
+    "teacher": lambda kept, _: kept.stage.teacher or "-",
+    "taught by": lambda kept, others: taught_by(kept.stage, others),
+    "state": lambda kept, _: kept.state,
+    "to do": lambda kept, _: "nothing" if kept.is_finished else "go on" if kept.history else "train",
+    "epoch": lambda kept, _: f"{len(kept.history)}/{kept.stage.epochs}",
+    "best": lambda kept, _: best_figure(kept, "top1"),
+    "last": lambda kept, _: f"{kept.history[-1].test_top1:.2f}" if kept.history else "-",
+    "top-5\nbest": lambda kept, _: best_figure(kept, "top5"),
+    "params\n(M)": lambda kept, _: f"{kept.metadata.cost.params / 1e6:.3f}",
+    "ops\n(M)": lambda kept, _: f"{kept.metadata.cost.ops / 1e6:,.0f}",
+    "score": lambda kept, _: f"{kept.metadata.cost.score:.4f}",
+    "time": lambda kept, _: duration(kept.seconds) if kept.history else "-",
+}
+PROGRESS = ("stage, network, taught by, state", "epoch, best, last, time")
+PLAN = ("stage, network, teacher, to do", "epoch")
+# of stages that are finished
+RESULTS = ("stage, network, teacher", "top-1\nbest, top-1\nlast, top-5\nbest, params\n(M), ops\n(M), score, time")
+
+
+def stages_table(kept: list[Kept], columns: tuple[str, str], title: str = "", rows: slice = slice(None)) -> Table:
+    """Show some of the stages of a chain in columns of `CELLS`, names and numbers; the one that runs stands out."""
+    table = new_table(title, *columns)
+    table.title, table.padding = title or None, 0  # it is to fit 80 columns
+    beside = {each.stage.name: each for each in kept}
+    for each in kept[rows]:
+        cells = (CELLS[heading.removeprefix("top-1\n")](each, beside) for heading in ", ".join(columns).split(", "))
+        table.add_row(*cells, style="bold" if each.state == "running" else "")
     return table
 
 
-def chain_table(rows: list[list[str]]) -> Table:
-    """Show where a chain stands, from `chain_rows`."""
-    table = new_table("", "stage, network, teacher, state", "epoch, best, last, time")
-    table.title = None
-    for row in rows:
-        table.add_row(*row, style="bold" if row[3] == "running" else "")
-    return table
+def outcome_table(kept: list[Kept]) -> Table:
+    """Show the results of a chain, or how far it has come where it is not finished."""
+    if any(each.state != "done" for each in kept):
+        return stages_table(kept, PROGRESS)
+    return stages_table(kept, RESULTS, "Test accuracy in percent; the best epoch is chosen on the test images")
 
 
-def result_cells(metadata: dict[str, Any]) -> list[str]:
-    """Write the figures of a stage."""
-    best, last, cost = metadata["best"], metadata["last"], metadata["cost"]
-    accuracies = [f"{value:.2f}" for value in (best["top1"], last["top1"], best["top5"])]
-    costs = [f"{cost['params'] / 1e6:.3f}", f"{cost['ops'] / 1e6:,.0f}", f"{cost['score']:.4f}"]
-    return [*accuracies, *costs, duration(metadata["seconds"])]
+def taught_by(stage: Stage, others: dict[str, Kept]) -> str:
+    """Name a stage's teacher with its best accuracy, where that is known."""
+    teacher = others.get(stage.teacher)
+    return f"{stage.teacher} {best_figure(teacher, 'top1')}" if teacher and teacher.history else stage.teacher or "-"
 
 
-def plan_table(kept: dict[Stage, dict[str, Any] | None]) -> Table:
-    """Show what a chain would do."""
-    table = new_table("What the chain would do, in this order", "stage, network, teacher, to do", "epochs")
-    for stage, metadata in kept.items():
-        todo = "nothing, it is finished" if is_finished(stage, metadata) else "go on" if metadata else "train"
-        done = f"{epochs_done(metadata)}/{stage.epochs}"
-        table.add_row(stage.name, stage.network, stage.teacher or "-", todo, done)
-    return table
+def short(network: str) -> str:
+    """Return a network's name without its family's."""
+    return network.removeprefix("efficientnet_")
 
 
 RULES_SHOWN = {
@@ -2908,18 +3036,7 @@ RULES_SHOWN = {
 
 
 def score_tables(scores: list[dict[str, Any]]) -> Group:
-    """Show what networks cost, a table for each count and a column for each network."""
-    return Group(*(score_table(rules, [s for s in scores if s["rules"] == rules]) for rules in RULES_SHOWN))
-
-
-def score_table(rules: str, scores: list[dict[str, Any]]) -> Table | str:
-    """Show what networks cost by one count, a column each; an empty line where there is none."""
-    if not scores:
-        return ""
-    title = f"Cost of one image by {RULES_SHOWN[rules]}; a multiplication is half an operation, at 32 bits one"
-    table = new_table(title, "", ", ".join("" for _ in scores))
-    for column, s in zip(table.columns[1:], scores):
-        column.header = s["name"].removeprefix("efficientnet_")
+    """Show what networks cost, a table for each count, or an empty line, and a column for each network."""
     rows = {
         "parameters": ("params", ",.0f"),
         "MACs": ("flops", ",.0f"),
@@ -2931,9 +3048,15 @@ def score_table(rules: str, scores: list[dict[str, Any]]) -> Table | str:
         "score 32-bit": ("score_32bit", ".6f"),
         "top-1 in percent": ("top1", ".2f"),
     }
-    for label, (name, form) in rows.items():
-        table.add_row(label, *("-" if s[name] is None else format(s[name], form) for s in scores))
-    return table
+    tables: list[RenderableType] = []
+    for rules, words in RULES_SHOWN.items():
+        title = f"Cost of one image by {words}; a multiplication is half an operation, at 32 bits one"
+        counted = [s for s in scores if s["rules"] == rules]
+        table = new_table(title, "", [short(s["name"]) for s in counted])
+        for label, (name, form) in rows.items():
+            table.add_row(label, *("-" if s[name] is None else format(s[name], form) for s in counted))
+        tables.append(table if counted else "")
+    return Group(*tables)
 
 
 def layers_table(score: dict[str, Any]) -> Table:
@@ -2980,7 +3103,7 @@ def speed_table(results: list[dict[str, Any]]) -> Table:
     for column, result in zip(table.columns[1:], results):
         column.header = result["stage"]
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "network": lambda r: r["network"].removeprefix("efficientnet_"),
+        "network": lambda r: short(r["network"]),
         "teacher": lambda r: r["teacher"] or "-",
         "device": lambda r: r["device"],
         "precision, compiled": lambda r: f"{r['precision']}, {r['compile'] or 'no'}",
@@ -2989,8 +3112,6 @@ def speed_table(results: list[dict[str, Any]]) -> Table:
         "images/s": lambda r: f"{r['images_per_second']:,.1f}",
         **{f"{part}, ms": lambda r, part=part: f"{1000 * r['seconds'][part]:,.1f}" for part in PARTS},
         "peak memory, MiB": lambda r: f"{r['peak_memory_mb']:,.0f}",
-        "device idle": lambda r: f"{100 * r['idle']:.0f} %",
-        "of the limit": lambda r: f"{100 * r['limit']:.0f} %",
         "images left": lambda r: f"{r['images_left']:,}",
         "time left": lambda r: duration(r["seconds_left"]),
     }
@@ -3012,21 +3133,13 @@ def accuracy_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-def stages_as_json(ckpt: Path, kept: dict[Stage, dict[str, Any]]) -> list[dict[str, Any]]:
+def stages_as_json(kept: list[Kept]) -> list[dict[str, Any]]:
     """Return what stages have come to, with every epoch's figures."""
-    states, failed = stage_states(kept, ckpt), failures(ckpt)
     return [
-        {
-            "stage": stage.name,
-            "network": stage.network,
-            "teacher": stage.teacher,
-            "state": states[stage.name],
-            "failure": failed[stage.name] if states[stage.name] == "failed" else None,
-            "epoch": epochs_done(metadata),
-            "epochs": stage.epochs,
-            **{name: metadata[name] for name in ("best", "last", "seconds", "history")},
-        }
-        for stage, metadata in kept.items()
+        {"stage": each.stage.name, "network": each.stage.network, "teacher": each.stage.teacher, "state": each.state}
+        | {"failure": each.failure, "epoch": len(each.history), "epochs": each.stage.epochs, "seconds": each.seconds}
+        | {name: plain(getattr(each.metadata, name)) for name in ("best", "last", "history")}
+        for each in kept
     ]
 
 
@@ -3037,9 +3150,9 @@ def stages_as_json(ckpt: Path, kept: dict[Stage, dict[str, Any]]) -> list[dict[s
 class StopRequest:
     """SIGINT, SIGTERM and SIGHUP as something that a loop can ask for, and the death of whoever started this process.
 
-    The first signal asks the loop to stop after its step and calls `then`. Another one, a second or more later (`uv run`
-    sends each Ctrl-C twice), ends the process at once. With a lifeline, the end of standard input asks as well: `chain`
-    holds the other end, closes it to stop its stage, and cannot die without closing it.
+    The first signal asks the loop to stop after its step and calls `then`. Another one, a second or more later (`uv
+    run` sends each Ctrl-C twice), ends the process at once. With a lifeline, the end of standard input asks as well:
+    `chain` holds the other end, closes it to stop its stage, and cannot die without closing it.
     """
 
     def __init__(self, lifeline: bool = False) -> None:
@@ -3071,6 +3184,10 @@ class StopRequest:
         orphaned = self.launcher is not None and os.getppid() != self.launcher
         return self.signum is not None or orphaned or self.lifeline and bool(select.select([sys.stdin], [], [], 0)[0])
 
+    def stopped(self, stage: Stage, done: int) -> Stopped:
+        """Return what to raise where a stop is asked for after so many epochs of a stage."""
+        return Stopped(resumption(stage, done), self.signum and 128 + self.signum)
+
 
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors free for the next ones, where there is no GPU.
@@ -3087,26 +3204,31 @@ def keep_freed_memory() -> None:
 
 
 def train_and_keep(
-    stage: Stage,
-    data: Path,
-    ckpt: Path,
-    accelerator: Accelerator,
-    view: Plain,
-    lifeline: bool,
-    check_held: Callable[[], None] | None,
+    stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, restart: bool, lifeline: bool
 ) -> None:
-    """Train a stage, keep every epoch and show it, until it ends or is stopped."""
-    with StopRequest(lifeline) as stop, view:
-        run = open_run(stage, data, ckpt, accelerator)
-        if accelerator.is_main_process:
-            check_room(ckpt / stage.name, run.student)
-        accelerator.init_trackers(stage.name)
-        for event in stoppable(stage, run, stop):
-            if isinstance(event, EpochDone) and accelerator.is_main_process:
-                check_held()
-                save_epoch(ckpt / stage.name, stage, run)
-                accelerator.log(event.record, step=event.record["epoch"])
-            view(event)
+    """Train a stage from where it stands, keep every epoch and show it, until it ends or is stopped."""
+    folder = ckpt / stage.name
+    with locked(stage, ckpt) if accelerator.is_main_process else nullcontext() as check_held:  # None: another keeps it
+        state = None if restart else kept_state(stage, ckpt, whole=True)
+        if state and len(state.metadata.history) >= stage.epochs:
+            if check_held:
+                settle(folder, state, thorough=True)
+            say(view.console, f"stage {stage.name} is finished: {best_path(folder)} (--restart trains it anew)")
+            return
+        with StopRequest(lifeline) as stop, view:
+            run = open_run(stage, data, ckpt, accelerator, state)
+            if check_held:
+                run.notes += check_room(folder, run.student, anew=restart)
+                if restart and (aside := set_aside(folder)):
+                    run.notes.append(f"{folder} is now {aside}")
+            accelerator.init_trackers(stage.name)
+            for event in stoppable(stage, run, stop):
+                if isinstance(event, EpochDone) and check_held:
+                    check_held(run.written)
+                    save_epoch(folder, stage, run)
+                    accelerator.log(event.record._asdict(), step=event.record.epoch)
+                view(event)
+    accelerator.end_training()
 
 
 def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
@@ -3115,23 +3237,16 @@ def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
         for event in train_stage(stage, run):
             yield event
             if stop.made() and len(run.history) < stage.epochs:  # a finished stage has nothing to stop
-                raise Stopped(resumption(stage, len(run.history)), stop.signum)
+                raise stop.stopped(stage, len(run.history))
     except RuntimeError:  # a collective operation fails when another process has stopped one step earlier
         time.sleep(1)
         if stop.made():
-            raise Stopped(resumption(stage, len(run.history)), stop.signum) from None
+            raise stop.stopped(stage, len(run.history)) from None
         raise
 
 
 def resumption(stage: Stage, done: int) -> str:
     return f"stage {stage.name} keeps {done} of {count(stage.epochs, 'epoch')}; the same command goes on from there"
-
-
-def start_anew(folder: Path, accelerator: Accelerator, console: Console) -> None:
-    """Move what a stage has kept aside, in the main process, before any other looks at it."""
-    if accelerator.is_main_process and (aside := set_aside(folder)):
-        say(console, f"{folder} is now {aside}")
-    accelerator.wait_for_everyone()
 
 
 class Launch(NamedTuple):
@@ -3157,9 +3272,7 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
     if config.num_machines != 1:
-        raise Misconfigured(
-            f"{config_file}: num_machines = {config.num_machines}: expected 1, a chain runs on one machine"
-        )
+        raise Misconfigured(f"{config_file}: num_machines = {config.num_machines}: expected 1")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config_file)]
     environment, processes, gpus = {}, config.num_processes, torch.cuda.device_count()
     wanted = f"{config_file} asks for {count(processes, 'GPU')}, this machine has"
@@ -3187,16 +3300,11 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     one can be left out; that pipe ends when the last process of the stage is gone.
     """
     if stop.made():
-        raise Stopped(resumption(stage, epochs_done(kept_metadata(stage, ckpt))), stop.signum)
-    child = subprocess.Popen(
-        [*launch.command, __file__, "run-stage", stage.name, *options, "--lifeline"],
-        env=launch.environment,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C is for this process alone: the launcher would die of it with a traceback
-    )
+        raise stop.stopped(stage, len(read_kept(stage, ckpt).history))
+    command = [*launch.command, __file__, "run-stage", stage.name, *options, "--lifeline"]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    # a session of its own, as Ctrl-C is for this process alone: the launcher would die of it with a traceback
+    child = subprocess.Popen(command, env=launch.environment, start_new_session=True, **pipes)
     stop.then = child.stdin.close
     if stop.made():  # since it was asked above
         child.stdin.close()
@@ -3207,19 +3315,16 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
         elif not reason and stop.signum is None:
             sys.stderr.write(line)
     child.wait()
-    kept = kept_metadata(stage, ckpt)
-    if is_finished(stage, kept):
+    kept = read_kept(stage, ckpt)
+    if code == Failure.exit_code and not reason and kept.is_finished:
         return
-    further = resumption(stage, epochs_done(kept))
     if stop.signum is not None:
-        raise Stopped(further, stop.signum)
-    silent = (
-        f"one of its processes ended without a word: killed, perhaps, for want of memory (exit code {child.returncode})"
-    )
-    goes_on = code not in (Misconfigured.exit_code, Refused.exit_code)  # which the same command would meet again
-    failure = Failure(f"stage {stage.name} failed: {reason or silent}{f'; {further}' if goes_on else ''}")
-    failure.exit_code = code
-    raise failure
+        raise stop.stopped(stage, len(kept.history))
+    silent = f"a process ended without a word: killed, perhaps, for want of memory (exit code {child.returncode})"
+    failure = f"stage {stage.name} failed: {reason or silent}"
+    if code not in (Misconfigured.exit_code, Refused.exit_code):  # which the same command would meet again
+        failure += f"; {resumption(stage, len(kept.history))}"
+    raise Failure(failure, code)
 
 
 def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, Any]:
@@ -3243,19 +3348,15 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # half the time of --help
 )
-StagesFile = Annotated[Path, typer.Option("--stages", help="TOML file with the stages.")]
-DataFolder = Annotated[Path, typer.Option("--data", help="Folder with CIFAR-100; downloaded there if missing.")]
-CkptFolder = Annotated[Path, typer.Option("--ckpt", help="Folder that keeps the checkpoints of every stage.")]
-ConfigFile = Annotated[Path, typer.Option("--config-file", help="Launch configuration of accelerate.")]
+StagesFile = Annotated[Path, typer.Option(help="TOML file with the stages.")]
+DataFolder = Annotated[Path, typer.Option(help="Folder with CIFAR-100; downloaded there if missing.")]
+CkptFolder = Annotated[Path, typer.Option(help="Folder that keeps the checkpoints of every stage.")]
+ConfigFile = Annotated[Path, typer.Option(help="Launch configuration of accelerate.")]
 Rules = Literal["seed", "official", "both"]
-Timeout = Annotated[
-    float, typer.Option("--timeout", min=1, max=10**6, help="Seconds that a process waits for another one.")
-]
+Timeout = Annotated[float, typer.Option(min=1, max=10**6, help="Seconds that a process waits for another one.")]
 Precision = Literal["fp32", "bf16", "fp16"]
-LogWith = Annotated[
-    str | None, typer.Option("--log-with", help="Send each epoch's figures to tensorboard, wandb, ..., too.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, max=10**9, help="Seed, over what the stages file says.")]
+LogWith = Annotated[str | None, typer.Option(help="Send each epoch's figures to tensorboard, wandb, ..., too.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=10**9, help="Seed, over what the stages file says.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -3279,15 +3380,12 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
             except BrokenPipeError:  # `| head -1`
                 raise
             except (Failure, OSError) as error:
-                failure = (
-                    error
-                    if isinstance(error, Failure)
-                    else Unwritable(f"{error.filename or 'i/o'}: {error.strerror or error}")
-                )
-                code = f" {failure.exit_code}" if options.get("lifeline") else ""  # for `launch_stage`
-                prefix = "" if isinstance(failure, Stopped) else f"error{code}: "
-                say(Screen(stderr=True), prefix + " ".join(str(failure).split()))
-                raise typer.Exit(failure.exit_code) from None
+                if isinstance(error, OSError):
+                    error = Unwritable(f"{error.filename or 'i/o'}: {error.strerror or error}")
+                code = f" {error.exit_code}" if options.get("lifeline") else ""  # for `launch_stage`
+                prefix = "" if isinstance(error, Stopped) else f"error{code}: "
+                say(Screen(stderr=True), prefix + " ".join(str(error).split()))
+                raise typer.Exit(error.exit_code) from None
             gc.disable()  # looking for garbage takes a tenth of the time that torch takes to import
             module = importlib.import_module("micronet")
             gc.enable()
@@ -3318,30 +3416,19 @@ def run_stage(
     timeout: Timeout = 600,
     log_with: LogWith = None,
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
-    among: Annotated[
-        list[str] | None, typer.Option("--among", hidden=True, help="Stages to show; the chain's.")
-    ] = None,
+    among: Annotated[list[str] | None, typer.Option(hidden=True, help="Stages to show; the chain's.")] = None,
 ) -> None:
     """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
 
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
-    every = load_stages(stages)
-    todo = [with_seed(other, seed) for other in with_teachers(every, [*(among or []), name])]
-    stage = next(other for other in todo if other.name == name)
+    every = {other.name: with_seed(other, seed) for other in load_stages(stages).values()}
+    stage = find_stage(every, name)
     accelerator = open_accelerator(timeout, log_with, ckpt)
     console = new_console(quiet=not accelerator.is_main_process)
-    kept = {other: metadata_if_sound(other, ckpt) for other in todo}
-    view = choose_view(console, kept, stage_states(kept, ckpt), stays=among is None)
-    with locked(stage, ckpt) if accelerator.is_main_process else nullcontext() as check_held:
-        if restart:
-            start_anew(ckpt / name, accelerator, console)
-        if is_finished(stage, metadata := kept_metadata(stage, ckpt)):
-            check_best(stage, ckpt, metadata)
-            say(console, f"stage {name} is finished: {ckpt / name / 'best.safetensors'} (--restart trains it anew)")
-            return
-        train_and_keep(stage, data, ckpt, accelerator, view, lifeline, check_held)
-    accelerator.end_training()
+    others = [find_stage(every, other) for other in among] if among else with_teachers(every, [name])
+    view = choose_view(console, [read_kept(other, ckpt, strict=False) for other in others], stays=among is None)
+    train_and_keep(stage, data, ckpt, accelerator, view, restart, lifeline)
 
 
 @command("chain", computes=False)
@@ -3360,35 +3447,30 @@ def chain(
 
     Example: micronet.py chain ex exx
     """
-    every = load_stages(stages)
-    todo = [with_seed(stage, seed) for stage in with_teachers(every, names or list(every))]
-    kept = {stage: kept_metadata(stage, ckpt) for stage in todo}
+    every = {stage.name: with_seed(stage, seed) for stage in load_stages(stages).values()}
+    todo = kept_chain(every, names or list(every), ckpt)
+    left = {each.stage.name: each.stage for each in todo if not is_settled(each, ckpt)}
+    for stage in left.values():
+        if stage.teacher and stage.teacher not in left:
+            find_teacher(stage, ckpt)
     console = new_console()
+    for reason in (reason for each in todo for reason in each.refused):
+        say(console, f"WARNING: {reason}")
     if dry_run:
-        console.print(plan_table(kept))
+        console.print(stages_table(todo, PLAN, "What the chain would do, in this order"))
         return
-    options = ["--stages", str(stages), "--data", str(data), "--ckpt", str(ckpt), "--timeout", str(timeout)]
-    options += [] if seed is None else ["--seed", str(seed)]
-    options += ["--log-with", log_with] if log_with else []
-    options += [word for stage in todo for word in ("--among", stage.name)]
-    left = [stage for stage in todo if not is_finished(stage, kept[stage])]
-    for stage in todo:
-        if stage not in left:
-            check_best(stage, ckpt, kept[stage])
+    given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
+    options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
+    options += [f"--among={each.stage.name}" for each in todo]
     with StopRequest() as stop:
         launch = plan_launch(config_file, console) if left else None
         try:
-            for stage in left:
-                if with_seed(find_stage(load_stages(stages), stage.name), seed) != stage:
-                    raise Misconfigured(
-                        f"{stages}: stage {stage.name} has changed since this chain began: start it again"
-                    )
+            for name, stage in left.items():
+                if with_seed(find_stage(load_stages(stages), name), seed) != stage:
+                    raise Misconfigured(f"{stages}: stage {name} has changed since this chain began: start it again")
                 launch_stage(launch, stage, options, ckpt, stop)
         finally:
-            kept = {stage: metadata_if_sound(stage, ckpt) for stage in todo}
-            states = stage_states(kept, ckpt)
-            ended = all(state == "done" for state in states.values())
-            console.print(results_table(kept) if ended else chain_table(chain_rows(kept, states)))
+            console.print(outcome_table([read_kept(each.stage, ckpt, strict=False) for each in todo]))
 
 
 @command("show", computes=False)
@@ -3408,15 +3490,17 @@ def show(
         raise Misconfigured("--follow: keeps drawing: expected without --svg and --json")
     console = new_console()
     if follow:
-        follow_stages(ckpt, console)
-        return
-    kept, damaged = kept_stages(ckpt)
-    if as_json:
-        typer.echo(json.dumps(stages_as_json(ckpt, kept), indent=2))
-    else:
-        console.print(stages_picture(ckpt, kept, damaged, min(console.width, 120), 12, console.options.ascii_only))
+        return follow_stages(ckpt, console)
     if svg:
-        replace_file(svg, as_svg(stages_picture(ckpt, kept, damaged, 100, 12, False), "micronet show").encode())
+        check_output(svg, older="micronet(&#160;| )show")
+    kept, damaged = kept_stages(ckpt)
+    failed = failure_lines(ckpt, kept, damaged)
+    if as_json:
+        typer.echo(json.dumps(stages_as_json(kept), indent=2))
+    else:
+        console.print(stages_picture(kept, failed, console.width, 12, console.options.ascii_only))
+    if svg:
+        write_output(svg, as_svg(stages_picture(kept, failed, 100, 12, False), "micronet show").encode())
     if damaged:
         raise Refused("; ".join(damaged))
 
@@ -3438,7 +3522,7 @@ def bench(
     """
     every = load_stages(stages)
     todo = [find_stage(every, name) for name in names or every]
-    left = {stage: images_left(stage, kept_metadata(stage, ckpt)) for stage in todo}
+    left = {stage: read_kept(stage, ckpt).images_left for stage in todo}
     launch = plan_launch(config_file, Screen(stderr=True))
     options = ["--stages", str(stages), "--steps", str(steps), *(["--profile"] if profile else [])]
     options += ["--data", str(data)] if data else []
@@ -3459,27 +3543,17 @@ def bench_stage(
     profile: Annotated[bool, typer.Option("--profile")] = False,
 ) -> None:
     """Measure one stage in this process and print JSON; `bench` launches it."""
-    every, warm_up = load_stages(stages), 3
-    stage = find_stage(every, name)
-    needed = max(stage.batch_size, math.ceil(stage.batch_size * (warm_up + steps) / len(stage.views)))
-    stage = replace(stage, train_images=min(needed, DATASETS[stage.dataset].train))
-    accelerator = open_accelerator()
-    images = load_images(stage, data, train=True) if data else random_images(stage, stage.train_size)
-    run = new_run(stage, accelerator, images, images)
-    if stage.teacher:
-        path = Path(stage.teacher)
-        teacher = every[stage.teacher] if stage.teacher in every else trained_stage(path, read_metadata(path))
-        network = build_network(teacher.network, teacher.classes, teacher.width, teacher.depth)
-        run.teacher = place_teacher(network, accelerator)
-    result = measure_speed(stage, run, warm_up, steps)
+    every = load_stages(stages)
+    stage, run = bare_run(find_stage(every, name), every, data, steps)
+    result = measure_speed(stage, run, steps)
     if profile:
         with torch.profiler.profile() as profiled:
             train_timed(stage, run, 3)
-        by = "self_cuda_time_total" if accelerator.device.type == "cuda" else "self_cpu_time_total"
+        by = "self_cuda_time_total" if run.accelerator.device.type == "cuda" else "self_cpu_time_total"
         result["profile"] = profiled.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40)
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         typer.echo(json.dumps(result))
-    accelerator.end_training()
+    run.accelerator.end_training()
 
 
 @command("evaluate", computes=True)
@@ -3550,23 +3624,16 @@ def import_published(
         raise Misconfigured(f"--network = {shown(network)}: expected one of {', '.join(NETWORKS)}")
     if out.suffix != ".safetensors":
         raise Misconfigured(f"--out = {out}: expected a name that ends in .safetensors")
-    built = build_network(network)
-    tensors = read_published(file, built)
-    stage = Stage(file.stem if re.fullmatch(NAME, file.stem) else "imported", network=network)
-    nothing = {"epoch": stage.epochs, "top1": None, "top5": None}
-    metadata = {"format": FORMAT, "micronet": __version__, "stage": asdict(stage), "class_names": [], "history": []}
-    metadata |= {"epoch": stage.epochs, "best": nothing, "last": nothing, "teacher": None}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(out, tensors, metadata | {"imported": {"file": file.name, "sha256": file_hash(file)}})
+    check_output(out)
+    tensors, metadata = import_network(file, network)
+    write_output(out, to_bytes(tensors, metadata)[0])
     say(new_console(), f"{out}: {count(len(tensors), 'tensor')} of {network}; try evaluate {out}")
 
 
-def render(
-    results: list[dict[str, Any]], table: Callable[[list[dict[str, Any]]], RenderableType], as_json: bool
-) -> None:
+def render(results: list[dict[str, Any]], table: Callable[..., RenderableType], as_json: bool) -> None:
     """Print results as JSON or as a table."""
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        typer.echo(json.dumps(results, indent=2, allow_nan=False))
     else:
         new_console().print(table(results))
 

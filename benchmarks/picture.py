@@ -26,10 +26,11 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 400,
 ) -> None:
     every = micronet.load_stages(stages)
-    kept = {stage: micronet.kept_metadata(stage, ckpt) for stage in every.values()}
+    kept = [micronet.read_kept(stage, ckpt) for stage in every.values()]
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=34)
-    view = micronet.Dashboard(console, kept, micronet.stage_states(kept, ckpt))
-    run = micronet.open_run(every[name], data, ckpt, micronet.open_accelerator())
+    view = micronet.Dashboard(console, kept)
+    state = micronet.kept_state(every[name], ckpt, whole=True)
+    run = micronet.open_run(every[name], data, ckpt, micronet.open_accelerator(), state)
     with view:
         for event in micronet.train_stage(every[name], run):
             view(event)

@@ -4,14 +4,18 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import importlib.util
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from rich.console import RenderableType
 from typer.testing import CliRunner, Result
 
 import micronet
@@ -73,6 +77,33 @@ def cifar100() -> Path:
     return data
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two trained stages, in a folder that nobody may change: stages.toml, and ckpt."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "stages.toml").write_text(TINY)
+    for name in ("first", "second"):
+        reset_accelerate()
+        result = invoke("run-stage", name, "--stages", folder / "stages.toml", "--ckpt", folder / "ckpt")
+        assert result.exit_code == 0, result.output
+    reset_accelerate()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain() -> ModuleType:
+    """benchmarks/plain.py as a module."""
+    return load_script("plain")
+
+
+def load_script(name: str) -> ModuleType:
+    """Return a script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write a stages file and return its path."""
@@ -99,3 +130,10 @@ def program(*arguments: object, **options: object) -> subprocess.CompletedProces
     command = [sys.executable, str(ROOT / "micronet.py"), *map(str, arguments)]
     options = {"env": WIDE, "stdin": subprocess.DEVNULL, "timeout": 300} | options
     return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def drawn(picture: RenderableType, width: int = 120) -> list[str]:
+    """Return the lines of a picture as a console of that width shows them."""
+    console = micronet.Screen(file=io.StringIO(), width=width)
+    console.print(picture)
+    return console.file.getvalue().splitlines()

@@ -1,7 +1,6 @@
 """Checkpoints: what they hold, that they explain themselves, and that nothing damaged is taken for whole."""
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -15,24 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import micronet
-from micronet import Misconfigured, Refused, kept_metadata, load_checkpoint, load_network, load_stages, read_metadata
+from micronet import (
+    Misconfigured,
+    Refused,
+    load_checkpoint,
+    kept_state,
+    load_network,
+    load_stages,
+    read_kept,
+    read_metadata,
+)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two trained stages."""
-    from conftest import TINY
-
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "stages.toml").write_text(TINY)
-    for name in ("first", "second"):
-        result = invoke("run-stage", name, "--stages", folder / "stages.toml", "--ckpt", folder / "ckpt")
-        assert result.exit_code == 0, result.output
-    return folder
-
-
-def test_the_metadata_explain_the_file(folder: Path) -> None:
-    best = folder / "ckpt" / "second" / "best.safetensors"
+def test_the_metadata_explain_the_file(trained: Path) -> None:
+    best = trained / "ckpt" / "second" / "best.safetensors"
     with safe_open(best, "pt") as file:
         (text,) = file.metadata().values()  # one key
     about = json.loads(text)
@@ -43,44 +38,43 @@ def test_the_metadata_explain_the_file(folder: Path) -> None:
     assert about["epoch"] == about["best"]["epoch"] == top["epoch"]
     assert about["best"] == {"epoch": top["epoch"], "top1": top["test_top1"], "top5": top["test_top5"]}
     assert about["last"] == {"epoch": 3, "top1": log[-1]["test_top1"], "top5": log[-1]["test_top5"]}
-    teacher = folder / "ckpt" / "first" / "best.safetensors"
-    assert about["teacher"]["sha256"] == hashlib.sha256(teacher.read_bytes()).hexdigest()
-    assert about["teacher"]["top1"] == read_metadata(teacher)["best"]["top1"]
+    teacher = trained / "ckpt" / "first" / "best.safetensors"
+    assert about["teacher"]["tensors"] == read_metadata(teacher).tensors and about["teacher"]["stage"] == "first"
+    assert about["teacher"]["tested"]["top1"] == read_metadata(teacher).best.top1
     assert about["stage"]["network"] == "efficientnet_ex" and about["stage"]["seed"] == 0
-    assert about["class_names"][0] == "disc" and about["versions"]["torch"] == torch.__version__
+    assert about["class_names"][0] == "disc" and about["facts"]["versions"]["torch"] == torch.__version__
     assert about["cost"]["params"] == sum(p.numel() for p in load_network(best).parameters())
-    assert (about["precision"], about["processes"], about["threads"]) == ("fp32", 1, 1)
-    assert about["seconds"] > 0 and about["images_per_second"] > 0 and "commit" in about
+    assert [about["facts"][name] for name in ("precision", "processes", "threads")] == ["fp32", 1, 1]
 
 
-def test_the_log_has_a_line_an_epoch(folder: Path) -> None:
+def test_the_log_has_a_line_an_epoch(trained: Path) -> None:
     fields = "epoch lr train_loss train_top1 test_loss test_top1 test_top5 seconds images_per_second".split()
-    log = [json.loads(line) for line in (folder / "ckpt" / "first" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (trained / "ckpt" / "first" / "log.jsonl").read_text().splitlines()]
     assert [list(record) for record in log] == [fields] * 3
     assert [(record["epoch"], record["lr"]) for record in log] == [(1, 0.02), (2, 0.02), (3, 0.002)]
     assert all(0 <= record["test_top1"] <= record["test_top5"] <= 100 for record in log)
     assert all(record["test_top1"] % 2 == 0 for record in log)  # of 50 images, in percent
 
 
-def test_last_holds_all_that_resuming_needs(folder: Path) -> None:
-    last = load_file(folder / "ckpt" / "first" / "last.safetensors")
-    network = load_network(folder / "ckpt" / "first" / "last.safetensors")
+def test_last_holds_all_that_resuming_needs(trained: Path) -> None:
+    last = load_file(trained / "ckpt" / "first" / "last.safetensors")
+    network = load_network(trained / "ckpt" / "first" / "last.safetensors")
     weights = network.state_dict()
     assert last.keys() == weights.keys() | {"momentum." + name for name, _ in network.named_parameters()}
     assert all(torch.equal(last[name], tensor) for name, tensor in weights.items())
 
 
-def test_a_network_loads_and_answers(folder: Path) -> None:
-    network = load_network(str(folder / "ckpt" / "second" / "best.safetensors"))
+def test_a_network_loads_and_answers(trained: Path) -> None:
+    network = load_network(str(trained / "ckpt" / "second" / "best.safetensors"))
     assert not network.training
     cosines = network(torch.randn(2, 3, 32, 32))
     assert cosines.shape == (2, 10) and cosines.abs().max() <= 1
 
 
-def test_mode_by_umask_and_nothing_left_over(folder: Path) -> None:
+def test_mode_by_umask_and_nothing_left_over(trained: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
-    files = sorted((folder / "ckpt" / "first").iterdir())
+    files = sorted((trained / "ckpt" / "first").iterdir())
     assert [path.name for path in files] == [
         "best.safetensors",
         "last.safetensors",
@@ -90,12 +84,11 @@ def test_mode_by_umask_and_nothing_left_over(folder: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
-def test_the_same_content_is_the_same_file(folder: Path, tmp_path: Path) -> None:
-    tensors, about = load_checkpoint(folder / "ckpt" / "first" / "best.safetensors")
-    del about["sha256"]
+def test_the_same_content_is_the_same_file(trained: Path, tmp_path: Path) -> None:
+    tensors, about = load_checkpoint(trained / "ckpt" / "first" / "best.safetensors")
     for name in "ab":
-        micronet.save_checkpoint(tmp_path / name, dict(reversed(tensors.items())), dict(reversed(about.items())))
-    original = (folder / "ckpt" / "first" / "best.safetensors").read_bytes()
+        micronet.save_checkpoint(tmp_path / name, dict(reversed(tensors.items())), about)
+    original = (trained / "ckpt" / "first" / "best.safetensors").read_bytes()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == original
 
 
@@ -134,25 +127,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_any_changed_byte_is_refused(folder: Path, tmp_path: Path) -> None:
-    content = (folder / "ckpt" / "first" / "best.safetensors").read_bytes()
-    path = tmp_path / "changed.safetensors"
-    step = len(content) // 100
-    for position in [*range(0, 200, 10), *range(200, len(content), step), len(content) - 1]:
-        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
-        with pytest.raises(Refused) as error:
-            load_network(path)
-        assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
-def test_a_file_cut_short_is_refused(folder: Path, tmp_path: Path, size: int) -> None:
-    path = tmp_path / "short.safetensors"
-    path.write_bytes((folder / "ckpt" / "first" / "best.safetensors").read_bytes()[:size])
-    result = invoke("evaluate", path)
-    assert result.exit_code == 3 and result.output.startswith(f"error: {path}: ") and result.output.count("\n") == 1
-
-
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(3)}, foreign)
@@ -161,80 +135,68 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
             load_network(path)
 
 
-def test_another_networks_weights_are_refused(folder: Path, tmp_path: Path) -> None:
-    tensors, about = load_checkpoint(folder / "ckpt" / "first" / "best.safetensors")
-    changes = [
-        ({k: v for k, v in tensors.items() if k != "embedding.bias"}, "embedding.bias is missing"),
-        (tensors | {"extra": torch.zeros(1)}, "extra is not in this network"),
-        (tensors | {"embedding.bias": torch.zeros(7)}, r"embedding.bias has shape \(7,\) where \(200,\) is expected"),
-    ]
-    for changed, message in changes:
-        micronet.save_checkpoint(tmp_path / "x.safetensors", changed, about)
-        with pytest.raises(Refused, match=message):
-            load_network(tmp_path / "x.safetensors")
-
-
-def test_a_changed_stage_is_refused_with_its_changes(folder: Path) -> None:
-    stage = load_stages(folder / "stages.toml")["first"]
-    assert kept_metadata(stage, folder / "ckpt")["last"]["epoch"] == 3
+def test_a_changed_stage_is_refused_with_its_changes(trained: Path) -> None:
+    stage = load_stages(trained / "stages.toml")["first"]
+    ckpt = trained / "ckpt"
+    assert kept_state(stage, ckpt).metadata.last.epoch == 3
     with pytest.raises(Misconfigured, match="scale was 5.0 and is 6.0; seed was 0 and is 1"):
-        kept_metadata(replace(stage, seed=1, scale=6.0), folder / "ckpt")
+        kept_state(replace(stage, seed=1, scale=6.0), ckpt)
     for change in (dict(epochs=2), dict(epochs=4, lr=((4, 0.02),)), dict(batch_size=10)):
         with pytest.raises(Misconfigured, match="comes from another definition"):
-            kept_metadata(replace(stage, **change), folder / "ckpt")
+            kept_state(replace(stage, **change), ckpt)
 
 
-def test_more_epochs_may_be_added(folder: Path) -> None:
-    stage = load_stages(folder / "stages.toml")["first"]
+def test_more_epochs_may_be_added(trained: Path) -> None:
+    stage = load_stages(trained / "stages.toml")["first"]
     longer = replace(stage, epochs=5, lr=((2, 0.02), (4, 0.002), (5, 0.0002)))
-    assert not micronet.is_finished(longer, kept_metadata(longer, folder / "ckpt"))
+    assert not read_kept(longer, trained / "ckpt").is_finished
 
 
-def test_a_teacher_by_path(folder: Path, write: Callable[..., Path], tmp_path: Path) -> None:
-    teacher = folder / "ckpt" / "first" / "best.safetensors"
-    text = (folder / "stages.toml").read_text().replace('teacher = "first"', f'teacher = "{teacher}"')
+def test_a_teacher_by_path(trained: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    teacher = trained / "ckpt" / "first" / "best.safetensors"
+    text = (trained / "stages.toml").read_text().replace('teacher = "first"', f'teacher = "{teacher}"')
     result = invoke("run-stage", "second", "--stages", write(text), "--ckpt", tmp_path)
     assert result.exit_code == 0 and str(teacher) in result.output
     for line, message in {
-        "scale = 6": "scale = 6.0: expected its teacher's, 5.0",
-        'dataset = "cifar100"': "10 classes",
+        "scale = 6": "expects 10 classes at scale 6",
+        'dataset = "cifar100"': "expects 100 classes",
     }.items():
-        result = invoke("run-stage", "second", "--stages", write(text + line), "--ckpt", tmp_path)
-        assert (result.exit_code, message in result.output) == (2, True)
+        result = invoke("run-stage", "second", "--stages", write(text + line), "--ckpt", tmp_path / "new")
+        assert (result.exit_code, message in result.output) == (3, True)
 
 
-def test_evaluate_finds_what_training_found(folder: Path) -> None:
-    paths = [folder / "ckpt" / name / "best.safetensors" for name in ("first", "second")]
+def test_evaluate_finds_what_training_found(trained: Path) -> None:
+    paths = [trained / "ckpt" / name / "best.safetensors" for name in ("first", "second")]
     results = json.loads(invoke("evaluate", *paths, "--json").stdout)
     for path, result in zip(paths, results):
         about = read_metadata(path)
-        assert result["top1"] == about["best"]["top1"] and result["top5"] == about["best"]["top5"]
-        assert result["loss"] == pytest.approx(about["history"][about["epoch"] - 1]["test_loss"])
+        assert result["top1"] == about.best.top1 and result["top5"] == about.best.top5
+        assert result["loss"] == pytest.approx(about.history[about.epoch - 1].test_loss)
         assert (result["checkpoint"], result["images"]) == (str(path), 50)
     table = invoke("evaluate", *paths).stdout
     assert all(f"{r['top1']:.2f}" in table and r["checkpoint"] in table for r in results)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_evaluate_at_lower_precision(folder: Path, precision: str) -> None:
-    path = folder / "ckpt" / "first" / "best.safetensors"
+def test_evaluate_at_lower_precision(trained: Path, precision: str) -> None:
+    path = trained / "ckpt" / "first" / "best.safetensors"
     (low,) = json.loads(invoke("evaluate", path, "--precision", precision, "--json").stdout)
     (full,) = json.loads(invoke("evaluate", path, "--json").stdout)
     assert low["loss"] != full["loss"] and low["loss"] == pytest.approx(full["loss"], rel=0.02)
 
 
-def test_score_of_a_checkpoint_adds_its_accuracy(folder: Path) -> None:
-    path = folder / "ckpt" / "second" / "last.safetensors"
+def test_score_of_a_checkpoint_adds_its_accuracy(trained: Path) -> None:
+    path = trained / "ckpt" / "second" / "last.safetensors"
     (result,) = json.loads(invoke("score", path, "--rules", "seed", "--json").stdout)
-    assert result["top1"] == read_metadata(path)["last"]["top1"]
-    assert result["params"] == read_metadata(path)["cost"]["params"]
+    assert result["top1"] == read_metadata(path).last.top1
+    assert result["params"] == read_metadata(path).cost.params
 
 
-def test_a_name_is_shown_as_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_name_is_shown_as_it_is(trained: Path, tmp_path: Path) -> None:
     """What looks like markup stays, and what a terminal would obey does not reach it."""
     strange = tmp_path / "[/red]" / "[red]:smile:\x1b[31m.safetensors"
     strange.parent.mkdir(parents=True)
-    strange.write_bytes((folder / "ckpt" / "first" / "best.safetensors").read_bytes())
+    strange.write_bytes((trained / "ckpt" / "first" / "best.safetensors").read_bytes())
     words = {"evaluate": [strange], "score": [strange], "export": [strange, strange.with_name("[bold].safetensors")]}
     for command, arguments in words.items():
         result = invoke(command, *arguments)

@@ -78,7 +78,7 @@ def test_the_demo_teaches_its_student(clone: Path) -> None:
     output = (clone / "demo.out").read_text()
     rows = [line.split() for line in output.splitlines() if line.startswith((" teacher ", " student "))]
     assert [row[0] for row in rows] == ["teacher", "student"]
-    best = read_metadata(clone / "ckpt" / "student" / "best.safetensors")["best"]["top1"]
+    best = read_metadata(clone / "ckpt" / "student" / "best.safetensors").best.top1
     assert best > 40 and float(rows[1][3]) == pytest.approx(best, abs=0.01)  # chance is 10
 
 

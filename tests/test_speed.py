@@ -1,7 +1,6 @@
 """Speed: what is measured adds up, and the fast trainer computes what the plain one does."""
 
 import ctypes
-import importlib.util
 import io
 import json
 import resource
@@ -16,21 +15,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ONE_EPOCH, ROOT, WIDE, invoke, reset_accelerate
+from conftest import ONE_EPOCH, ROOT, WIDE, invoke, load_script, reset_accelerate
 from test_training import same_training
 from torch import nn
 
 import micronet
 from micronet import Stage, Stepped, augment, build_network, load_stages, plan_epoch, random_images
-
-
-@pytest.fixture(scope="module")
-def plain() -> ModuleType:
-    """benchmarks/plain.py as a module."""
-    spec = importlib.util.spec_from_file_location("plain", ROOT / "benchmarks" / "plain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def copied(plain: ModuleType, network: nn.Module, width: float, depth: float) -> nn.Module:
@@ -122,10 +112,9 @@ def test_bench_measures_every_part_without_data(write: Callable[..., Path], tmp_
     assert (first["stage"], second["stage"]) == ("first", "second")
     for speed in (first, second):
         step = speed["batch_size"] / speed["images_per_second"]
-        assert 0.5 * step < sum(speed["seconds"].values()) < 1.2 * step  # medians do not quite add up
-        assert speed["seconds"]["backward"] > speed["seconds"]["optimizer"] > 0
+        assert 0 < sum(speed["seconds"].values()) < 2 * step and min(speed["seconds"].values()) >= 0
         assert speed["precision"] == "fp32" and speed["compile"] is None and speed["device"].startswith("CPU")
-        assert 100 < speed["peak_memory_mb"] < 4000 and 0 <= speed["idle"] < 1 and 0 < speed["limit"] < 1
+        assert 100 < speed["peak_memory_mb"] < 4000
     assert "convolution_backward" in first["profile"] and second["images_left"] == 3 * 150_000
     assert second["seconds_left"] == pytest.approx(second["images_left"] / second["images_per_second"])
     assert first["seconds"]["teacher"] == 0 < second["seconds"]["teacher"]
@@ -148,14 +137,22 @@ def test_the_parts_of_a_step_are_those_of_the_training_loop(monkeypatch: pytest.
     stage = Stage("small", network="efficientnet_ex", width=0.1, depth=0.1, train_images=40, batch_size=20, epochs=1)
     run = micronet.new_run(stage, micronet.open_accelerator(), *[random_images(stage, 40)] * 2)
     run.teacher = build_network("efficientnet_b0", 100, 0.1, 0.1).eval().requires_grad_(False)
-    run.teacher.register_forward_pre_hook(lambda *_: time.sleep(0.2))
-    monkeypatch.setattr(micronet, "augment", lambda *a, augment=augment: time.sleep(0.1) or augment(*a))
-    timed = micronet.train_timed(stage, run, 5)
-    least = {part: min(step[part] for step in timed) for part in micronet.PARTS}  # other programs take their time, too
-    assert 0.2 < least["teacher"] < 0.3 and 0.1 < least["views"] < 0.2
-    assert least["forward"] + least["backward"] + least["optimizer"] < 0.2
-    for step in timed:
-        assert step["step"] == pytest.approx(sum(step[part] for part in [*micronet.PARTS, "rest"]))
+    now = 0.0  # a clock that stands but where a part takes its time
+
+    def takes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    run.teacher.register_forward_pre_hook(lambda *_: takes(0.25))
+    run.model.register_forward_pre_hook(lambda *_: takes(0.5))
+    run.student.head.register_forward_hook(lambda *_: takes(2.0))
+    run.student.stem[0].weight.register_hook(lambda _: takes(4.0))
+    run.optimizer.optimizer.register_step_post_hook(lambda *_: takes(8.0))
+    monkeypatch.setattr(micronet, "augment", lambda *a, augment=augment: takes(1.0) or augment(*a))
+    expected = {"views": 1.5, "teacher": 0.25, "forward": 2.0, "backward": 4.0, "optimizer": 8.0, "rest": 0.0}
+    for step in micronet.train_timed(stage, run, 5):
+        assert step == expected | {"step": 15.75}
 
 
 def test_more_steps_than_an_epoch_has_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +185,13 @@ def test_traffic_counts_elements_and_multiplications() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10))
     image, hidden = 3 * 32 * 32, 4 * 32 * 32
     moved = (image + hidden) + 2 * hidden + 2 * hidden + (hidden + 10)
-    assert micronet.traffic(network) == (moved, hidden * 27 + 4096 * 10)
+    assert load_script("limit").traffic(network) == (moved, hidden * 27 + 4096 * 10)
+
+
+def test_what_bounds_a_stage_is_a_share(write: Callable[..., Path]) -> None:
+    stages = load_stages(write(STAGES))
+    judged = load_script("limit").judge(*micronet.bare_run(stages["second"], stages, None, 2), 2)
+    assert 0 <= judged["idle"] < 1 and 0 < judged["limit"] < 1 and judged["stage"] == "second"
 
 
 def test_the_plain_trainer_prints_its_speed(tmp_path: Path) -> None:

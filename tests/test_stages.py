@@ -128,7 +128,6 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + "batch_size = 50001": "stage a: batch_size = 50001: expected at most the 50000 training images",
     GOOD + "seed = -1": "stage a: seed = -1: expected",
     GOOD + 'teacher = "b"': 'stage a: teacher = "b": expected another stage (there is none) or the path of a checkpoint',
-    GOOD + 'teacher = "no/such.safetensors"': 'teacher = "no/such.safetensors": expected a checkpoint (',
     GOOD + 'teacher = "a"': 'stage a: teacher = "a": expected no cycle, but it goes a -> a',
     GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "efficientnet_b0"\nteacher = "a"': "a -> b -> a",
     GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\nscale = 6': "stage b: scale = 6.0: expected its teacher's, 5.0",

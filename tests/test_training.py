@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import invoke, reset_accelerate
+from accelerate import Accelerator, DistributedType
+from conftest import TINY, invoke, reset_accelerate
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import micronet
 from micronet import (
     EpochDone,
     Failure,
     Finished,
+    Misconfigured,
+    Schedule,
     Stage,
     Started,
     Stepped,
@@ -32,41 +38,41 @@ STAGE = Stage(
 
 
 def begin(stage: Stage, ckpt: Path) -> micronet.Run:
-    return open_run(stage, Path("data"), ckpt, open_accelerator())
+    return open_run(stage, Path("data"), ckpt, open_accelerator(), micronet.kept_state(stage, ckpt, whole=True))
 
 
 def same_training(a: Path, b: Path) -> bool:
     (left, about_left), (right, about_right) = load_checkpoint(a), load_checkpoint(b)
-    clock = {"seconds", "images_per_second"}
-    histories = [
-        [{k: v for k, v in record.items() if k not in clock} for record in about["history"]]
-        for about in (about_left, about_right)
-    ]
+    histories = [[record[:-2] for record in about.history] for about in (about_left, about_right)]  # without the clock
     same = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     return same and histories[0] == histories[1]
 
 
 def test_the_events_of_a_stage(tmp_path: Path) -> None:
-    events = list(train_stage(STAGE, begin(STAGE, tmp_path)))
-    assert [type(event) for event in events] == [Started, *([Stepped] * 9 + [EpochDone]) * 3, Finished]
+    """At each the rate is that of the step, in every group, and no mode of torch has leaked out of the generator."""
+    stage, events = replace(STAGE, epochs=2, lr=Schedule("cosine", 0.02, 1)), []
+    run = begin(stage, tmp_path)
+    run.optimizer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    for event in train_stage(stage, run):
+        events.append(event)
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        if isinstance(event, Stepped):
+            lr = micronet.learning_rate(stage, 9 * (event.epoch - 1) + event.step - 1)
+            assert [event.lr, *(group["lr"] for group in run.optimizer.param_groups)] == [lr] * 3
+    assert [type(event) for event in events] == [Started, *([Stepped] * 9 + [EpochDone]) * 2, Finished]
     steps = [event for event in events if isinstance(event, Stepped)]
     assert [(e.epoch, e.step, e.images) for e in steps[:10]] == [(1, s, 20 * s) for s in range(1, 10)] + [(2, 1, 20)]
     records = [event.record for event in events if isinstance(event, EpochDone)]
-    assert [record["epoch"] for record in records] == [1, 2, 3]
-    assert all(math.isfinite(value) for record in records for value in record.values())
+    assert [record.epoch for record in records] == [1, 2]
+    assert all(math.isfinite(value) for record in records for value in record)
 
 
 def test_it_learns(tmp_path: Path) -> None:
     stage = replace(STAGE, views=("jitter",), train_images=40, epochs=24, lr=((24, 0.01),), scale=16.0)
     run = begin(stage, tmp_path)
     list(train_stage(stage, run))
-    assert run.history[-1]["train_top1"] > 60 and run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
-
-
-def test_no_grad_or_autocast_leaks_out_of_the_generator(tmp_path: Path) -> None:
-    for _ in train_stage(replace(STAGE, epochs=1, lr=((1, 0.02),)), begin(STAGE, tmp_path)):
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        assert not torch.is_autocast_enabled("cpu")
+    assert run.history[-1].train_top1 > 60 and run.history[-1].train_loss < 0.5 * run.history[0].train_loss
 
 
 @pytest.fixture
@@ -153,28 +159,101 @@ def test_a_stage_that_is_interrupted_twice_ends_with_the_same_bits(chain: dict[s
         for ckpt, pieces in ((tmp_path / "straight", [3]), (tmp_path / "pieces", [1, 2, 3])):
             (ckpt / "first").mkdir(parents=True, exist_ok=True)
             if stage.name == "second":
-                (ckpt / "first" / "best.safetensors").write_bytes(
-                    (tmp_path / "first" / "best.safetensors").read_bytes()
-                )
+                for file in ("best.safetensors", "last.safetensors"):
+                    (ckpt / "first" / file).write_bytes((tmp_path / "first" / file).read_bytes())
             for until in pieces:
                 run = begin(stage, ckpt)
                 for event in train_stage(stage, run):
                     if isinstance(event, EpochDone):
                         micronet.save_epoch(ckpt / stage.name, stage, run)
-                        if event.record["epoch"] == until:
+                        if event.record.epoch == until:
                             break
         for file in ("last.safetensors", "best.safetensors"):
             assert same_training(tmp_path / "straight" / stage.name / file, tmp_path / "pieces" / stage.name / file)
 
 
-def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
-    losses = []
-    for seed in (0, 0, 1):
-        stage = replace(STAGE, epochs=1, lr=((1, 0.02),), seed=seed)
-        run = begin(stage, tmp_path)
-        list(train_stage(stage, run))
-        losses.append(run.history[0]["train_loss"])
-    assert losses[0] == losses[1] != losses[2]
+def one_of_two(run: micronet.Run, process: int, monkeypatch: pytest.MonkeyPatch) -> micronet.Run:
+    """Let a run take itself for one of two processes, whose means are 3 and whose sums are twice its own."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "process_index", process)
+    reduced = {"mean": lambda tensor: torch.full_like(tensor, 3), "sum": lambda tensor: 2 * tensor}
+    monkeypatch.setattr(Accelerator, "reduce", lambda _, tensor, how: reduced[how](tensor))
+    return run
+
+
+def test_what_a_seed_and_what_a_process_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed other weights, images and blocks that are left out, another process other ones but for weights."""
+    drawn = []
+    for seed, process in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        stage = replace(STAGE, stochastic_depth=0.5, depth=0.5, seed=seed)
+        run = one_of_two(begin(stage, tmp_path), process, monkeypatch)
+        images, left_out = [], []
+        run.student.register_forward_pre_hook(lambda _, inputs, images=images: images.append(inputs[0]))
+        for module in run.student.modules():
+            if isinstance(module, StochasticDepth):
+                module.register_forward_hook(lambda *a, left_out=left_out: left_out.append(~a[2].flatten(1).any(1)))
+        weights = run.student.embedding.weight.detach().clone()
+        next(event for event in train_stage(stage, run) if isinstance(event, Stepped))
+        drawn.append((weights, *images, torch.stack(left_out)))
+        monkeypatch.undo()
+        reset_accelerate()
+    first, *others = drawn
+    same = [list(map(torch.equal, first, other)) for other in others]
+    assert same == [[True] * 3, [False] * 3, [True, False, False]]
+
+
+def test_processes_are_tested_with_the_mean_of_their_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the first epoch, and no other, takes out what they began with."""
+    stage, seen, evaluate = replace(STAGE, epochs=2), [], micronet.evaluate
+
+    def look(network: nn.Module, *rest: object) -> torch.Tensor:
+        seen.append([float(buffer.max()) for buffer in network.stem[1].buffers()])
+        return evaluate(network, *rest)
+
+    monkeypatch.setattr(micronet, "evaluate", look)
+    list(train_stage(stage, one_of_two(begin(stage, tmp_path), 0, monkeypatch)))
+    left = 0.99**9  # of mean 0 and variance 1, after nine steps
+    assert seen == [pytest.approx([3 / (1 - left), (3 - left) / (1 - left), 9], rel=1e-4), [3, 3, 18]]
+
+
+def test_each_process_keeps_its_statistics_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP, as it is or compiled, would copy the first one's to all before each step."""
+    ddp = nn.parallel.DistributedDataParallel
+    for wrap in (lambda wrapper: wrapper, lambda wrapper: SimpleNamespace(_orig_mod=wrapper)):
+        wrapper = ddp.__new__(ddp)  # as long as it is not called, it needs no other process
+        wrapper.broadcast_buffers = True
+        monkeypatch.setattr(Accelerator, "prepare", lambda *a, model=wrap(wrapper): (model, a[2]))
+        micronet.new_run(STAGE, open_accelerator(), *[micronet.random_images(STAGE, 20)] * 2)
+        assert not wrapper.broadcast_buffers
+
+
+@pytest.mark.parametrize(("seen", "message"), [
+    ({}, None),
+    ({"mixed_precision": "bf16", "distributed_type": DistributedType.MULTI_CPU}, None),
+    ({"mixed_precision": "fp8"}, "mixed_precision fp8: expected no, bf16 or fp16"),
+    ({"distributed_type": DistributedType.FSDP}, "distributed_type FSDP: expected NO, MULTI_GPU or MULTI_CPU"),
+    ({"num_processes": 1}, "launched as 2 processes, but accelerate sees 1"),
+    ({"gpus": 1}, "launched as 2 processes on 1 GPU: launch at most one a GPU"),
+])  # fmt: skip
+def test_what_accelerate_was_asked_for_is_had_or_refused(
+    seen: dict[str, object], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    had = {"num_processes": 2, "distributed_type": DistributedType.NO, "mixed_precision": "no", "gpus": 0} | seen
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu"), **had))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: had["gpus"])
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(Misconfigured, match=message) if message else nullcontext():
+        open_accelerator()
+
+
+def test_only_rates_that_are_listed_can_go_on_for_more_epochs() -> None:
+    """A schedule ends at 0 with its last epoch: with more of them, those that are done would have had other rates."""
+    for lr, more in ((((3, 0.02),), True), (Schedule("cosine", 0.02), False), (Schedule("one-cycle", 0.02), False)):
+        kept = replace(STAGE, lr=lr)
+        assert micronet.is_extension("epochs", kept, replace(kept, epochs=4), 1) == more
 
 
 def test_accumulation_keeps_the_global_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +266,7 @@ def test_accumulation_keeps_the_global_batch(tmp_path: Path, monkeypatch: pytest
         counted: list[int] = []
         run.optimizer.optimizer.register_step_post_hook(lambda *_: counted.append(1))
         list(train_stage(stage, run))
-        results.append((len(counted), run.student.embedding.weight.detach().clone(), run.history[0]["train_loss"]))
+        results.append((len(counted), run.student.embedding.weight.detach().clone(), run.history[0].train_loss))
         reset_accelerate()
     (steps, weights, loss), (steps2, weights2, loss2) = results
     assert steps == steps2 == 9
@@ -211,7 +290,7 @@ def test_an_unfinished_or_missing_teacher_is_named(
     elsewhere = tmp_path / "elsewhere"
     result = invoke("run-stage", "second", "--stages", write(), "--ckpt", elsewhere)
     assert result.exit_code == 2
-    assert f"its teacher first has no {elsewhere / 'first' / 'best.safetensors'}" in result.stderr
+    assert f"its teacher {elsewhere / 'first' / 'best.safetensors'} is not there" in result.stderr
     run = begin(chain["first"], elsewhere)
     events = train_stage(chain["first"], run)
     next(event for event in events if isinstance(event, EpochDone))
@@ -227,9 +306,13 @@ def test_a_teacher_that_changed_under_way_is_refused(
     run = begin(chain["second"], tmp_path)
     next(event for event in train_stage(chain["second"], run) if isinstance(event, EpochDone))
     micronet.save_epoch(tmp_path / "second", chain["second"], run)
-    teacher = tmp_path / "first" / "best.safetensors"
-    tensors, about = load_checkpoint(teacher)
-    micronet.save_checkpoint(teacher, tensors, about | {"note": "another"})
+    reset_accelerate()
+    command = ["run-stage", "first", "--stages", write(), "--ckpt", tmp_path, "--restart"]
+    assert invoke(*command).exit_code == 0  # the same weights, of another time
+    assert micronet.kept_state(chain["second"], tmp_path).metadata.teacher.identity == run.taught_by.identity
+    reset_accelerate()
+    command[3] = write(TINY.replace("[[2, 0.02]", "[[2, 0.03]"))
+    assert invoke(*command).exit_code == 0
     reset_accelerate()
     result = invoke("run-stage", "second", "--stages", write(), "--ckpt", tmp_path)
     assert result.exit_code == 3 and "the teacher has changed since stage second began" in result.stderr

@@ -18,90 +18,58 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, WIDE, invoke, reset_accelerate
+from conftest import ROOT, TINY, WIDE, drawn, invoke
 from rich.console import Console
 from test_program import CHAIN
+from test_tables import B0, COST, EXX, FACTS, KEPT, TEACHER, record
 
 import micronet
-from micronet import Cost, EpochDone, Finished, Stage, Started, Stepped, curve
+from micronet import EpochDone, Finished, Kept, Started, Stepped, curve
+
+BEGUN = Started(EXX, FACTS, COST, TEACHER, list(KEPT[1].history), ["WARNING: a note"])
+STEP = Stepped(5, 3, 0.07, torch.tensor([576.0, 96.0]), 384)
+EPOCHS = [EpochDone(record(3, 62.0), record(3, 62.0)), EpochDone(record(4, 60.0), record(3, 62.0))]
 
 
-def record(epoch: int, top1: float) -> dict[str, float]:
-    return {"epoch": epoch, "lr": 0.1, "train_loss": 1.5, "train_top1": 50.0, "test_loss": 1.2, "test_top1": top1,
-            "test_top5": 90.0, "seconds": 10.0, "images_per_second": 100.0}  # fmt: skip
-
-
-STAGE = Stage("a-long-name", network="efficientnet_ex", teacher="b0", dataset="synthetic", train_images=200, epochs=70)
-TEACHER = Stage("b0", network="efficientnet_b0", dataset="synthetic", epochs=70)
-FACTS = {"device": "CPU (x86_64)", "processes": 1, "precision": "fp32", "compile": None}
-KEPT = {TEACHER: {"best": {"top1": 81.25}, "last": {"epoch": 70}, "history": [record(70, 81.25)]}, STAGE: None}
-
-
-def picture(width: int, height: int, kept: dict = KEPT, encoding: str = "utf-8", **options: object) -> str:
-    """Return the last frame of a dashboard after some events, as a terminal of that size would get it."""
-    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+def picture(width: int, height: int, kept: list[Kept] = KEPT, begun: Started = BEGUN) -> list[str]:
+    """Return a dashboard 64 seconds after a stage began or went on, as a terminal of that size would get it."""
+    file = io.StringIO()
     file.isatty = lambda: True
-    console = Console(file=file, width=width, height=height, force_terminal=True, **options)
-    teacher = {"name": "b0", "top1": 81.25, "file": "ckpt/b0/best.safetensors"}
-    with micronet.choose_view(console, kept, dict.fromkeys((stage.name for stage in kept), "waiting")) as view:
-        assert isinstance(view, micronet.Dashboard)
-        view(Started(STAGE, FACTS, Cost(1, 1, 1, 1), teacher, [], []))
-        for epoch in (1, 2, 3):
-            view(EpochDone(record(epoch, 20.0 * epoch), record(epoch, 20.0 * epoch)))
-        view.drawn = -1.0
-        view(Stepped(4, 3, 0.07, torch.tensor([384.0, 192.0]), 384))
-        paper = Console(file=file, width=width, height=height, color_system=None, **options)
-        with paper.capture() as captured:
-            paper.print(view.picture())
-    return captured.get()
+    console = Console(file=file, width=width, height=height, force_terminal=True)
+    with pytest.MonkeyPatch.context() as patch, micronet.choose_view(console, kept) as view:
+        patch.setattr(micronet, "peak_memory_mb", lambda device: 1234.4)
+        for seconds, events in ((1000, [begun, *EPOCHS]), (1064, [STEP])):
+            patch.setattr(time, "monotonic", lambda seconds=seconds: seconds)
+            for event in events:
+                view(event)
+        return drawn(view.picture(), width)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (160, 50), (80, 12), (40, 10)])
 @pytest.mark.parametrize("others", [0, 12])
 def test_the_dashboard_fits(size: tuple[int, int], others: int) -> None:
-    more = {Stage(f"s{i}", network="efficientnet_ex", dataset="synthetic"): None for i in range(others)}
-    lines = picture(*size, kept=KEPT | more).splitlines()
+    lines = picture(*size, kept=KEPT + [Kept(replace(B0, name=f"s{i}")) for i in range(others)])
     if size[0] >= 80:
         assert len(lines) < size[1] and "a-long-name" in "".join(lines)
         assert max(map(len, lines)) <= size[0]
         assert not any("…" in line or "..." in line for line in lines)
 
 
-def test_the_dashboard_says_what_the_events_say() -> None:
-    text = picture(80, 24)
-    for words in ("running", "loss 1.000", "train top-1 50.00 %", "lr 0.07", "test top-1 60.00 %", "3/", "4/70",
-                  "images/s", "MiB", "left", "teacher 81.25", "b0 81.25", "3/70", "60.00", "the rate drops"):  # fmt: skip
-        assert words in text, words
-
-
-def test_an_ascii_terminal_gets_ascii() -> None:
-    assert picture(80, 24, encoding="ascii", no_color=True).isascii()
-
-
-def test_the_time_left_weighs_every_stage_by_its_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 images/s for ex taught by b0: what b3 without a teacher takes follows from what their convolutions put out."""
-    teacher = replace(TEACHER, name="b0")
-    other = Stage("b3", network="efficientnet_b3", dataset="synthetic", train_images=100, epochs=10, views=("crop",))
-    ex, b0, b3 = 3_014_968, 3_611_772, 7_384_688  # elements
-    assert micronet.step_work(STAGE, [teacher, STAGE]) == 3 * ex + b0
-    assert micronet.step_work(other, [other]) == 3 * b3
-    stage = replace(STAGE, train_images=1000, batch_size=10, epochs=1, views=("crop",), lr=((1, 0.1),))
-    view = micronet.Dashboard(
-        Console(file=io.StringIO(), width=160), {teacher: KEPT[TEACHER], stage: None, other: None}, {}
-    )
-    begun = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: begun)
-    view.draw = lambda: None
-    view(Started(stage, FACTS, Cost(1, 1, 1, 1), {"name": "b0", "top1": 81.25, "file": "b0"}, [], []))
-    monkeypatch.setattr(time, "monotonic", lambda: begun + 1)
-    line = str(view.progress(Stepped(1, 10, 0.1, torch.zeros(2), 100))[1])
-    seconds = 900 / 100 + other.batch_size * 10 / 100 * 3 * b3 / (3 * ex + b0)
-    assert line.startswith(" 100 images/s, ") and f" 9.0 s left; all stages {seconds:.1f} s" in line
-
-
-def test_a_teacher_that_is_moved_away_ends_no_run(tmp_path: Path) -> None:
-    pupil = replace(STAGE, teacher=str(tmp_path / "gone.safetensors"))
-    assert micronet.step_work(pupil, [pupil]) == micronet.step_work(replace(STAGE, teacher=None), [])
+def test_the_dashboard_shows_every_figure_in_its_place() -> None:
+    """13 steps of 128 images have taken 64 seconds; 327 are left, and 9 of 256 images in the stage after this one."""
+    lines = [" ".join(line.split()) for line in picture(80, 24)]
+    assert lines[3:11] == [
+        "b0 b0 - done 3/3 81.25 80.50 1:06 min",
+        "a-long-name exx b0 81.25 running 4/70 62.00 60.00 1:30 min",
+        "later b3 a-long-name 62.00 waiting 0/3 - - -",
+        "",
+        f"step {'━' * 15}╸ 3/5 loss 1.500 train top-1 25.00 %",
+        "epoch ━ 5/70 lr 0.07 test top-1 60.00 %",
+        "26 images/s, 1,234 MiB, 26:50 min left; all stages 28:18 min at this pace",
+        "90 │ ┊ ┊ ┊",
+    ]
+    assert lines[-3].startswith("40 │") and any(line.startswith("│╌ teacher 81.25 ╌") for line in lines)
+    assert sum(line.count("●") for line in lines) == 4
 
 
 def test_only_the_main_process_draws() -> None:
@@ -109,7 +77,7 @@ def test_only_the_main_process_draws() -> None:
     file.isatty = lambda: True
     for quiet, kind in ((True, micronet.Plain), (False, micronet.Dashboard)):
         console = micronet.new_console(quiet=quiet, file=file, force_terminal=True)
-        assert type(micronet.choose_view(console, KEPT, {})) is kind
+        assert type(micronet.choose_view(console, KEPT)) is kind
 
 
 def on_a_terminal(
@@ -158,7 +126,7 @@ def given_back(written: str) -> bool:
 def test_a_terminal_is_given_back_at_the_end(write: Callable[..., Path], tmp_path: Path) -> None:
     code, written = on_a_terminal(stage_command(write, tmp_path, 5), None, PYTHONIOENCODING="ascii", NO_COLOR="1")
     assert code == 0 and given_back(written) and written.isascii() and "images/s" in written
-    assert "stage first is finished: top-1 " in written and "5/5" in written.split("running")[-1]
+    assert "stage first is finished: top-1 " in written and re.search(r"done[| ]+5/5", written.split("running")[-1])
 
 
 def test_a_terminal_is_given_back_after_sigterm(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -174,103 +142,123 @@ def test_a_terminal_is_given_back_after_an_error(write: Callable[..., Path], tmp
     """No file may grow beyond 60 kB, so that the first epoch cannot be kept: the screen and `show` say failed."""
     code, written = on_a_terminal(stage_command(write, tmp_path, 900), None, most=60_000)
     assert code == 5 and given_back(written)
-    assert last_line(written) == f"error: {tmp_path / 'first' / 'best.safetensors'}: File too large"
+    assert last_line(written) == f"error: {tmp_path / 'first' / 'last.safetensors'}: File too large"
     assert " failed " in written.split("running")[-1] and "Traceback" not in written
     assert "File too large" in micronet.failures(tmp_path)["first"]
     assert "first failed: " in invoke("show", "--ckpt", tmp_path).output
 
 
 def test_a_curve_has_each_epoch_in_its_place() -> None:
-    lines = curve([record(1, 0.0), record(6, 50.0), record(11, 100.0)], 11, None, [6], 48, 8, ascii_only=True)
+    lines = curve([record(1, 0.0), record(6, 50.0), record(11, 100.0)], 11, 80.0, [6], 48, 8, ascii_only=True)
     assert len(lines) == 8 and max(map(len, lines)) <= 48
     plot = [line[7:].ljust(40) for line in lines[:6]]
     assert plot[0][39] == "*" and plot[5][0] == "*" and plot[2][20] == "*"  # half way along, and up
     assert sum(line.count("*") for line in plot) == 3
-    assert all(line[18] == ":" for line in plot)  # between epochs 5 and 6
+    assert all(line[18] == ":" for line in plot[2:] + plot[:1])  # between epochs 5 and 6
+    assert plot[1] == "- teacher 80.00 ".ljust(40, "-")
     assert lines[0].startswith("  100 |") and lines[5].startswith("    0 |")
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 9])
-def test_no_terminal_is_too_narrow_for_a_curve(width: int) -> None:
-    assert len(curve([record(1, 0.0), record(2, 50.0)], 3, 70.0, [2], width, 8)) == 8
-
-
-@pytest.mark.parametrize("epochs", [0, 1, 2, 500])
-def test_a_curve_of_any_length_fits(epochs: int) -> None:
+@pytest.mark.parametrize(("width", "epochs"), [(1, 2), (7, 2), (8, 2), (9, 2), (40, 0), (40, 1), (40, 2), (40, 500)])
+def test_a_curve_of_any_size_fits(width: int, epochs: int) -> None:
     history = [record(n + 1, 99.99 * n / max(1, epochs)) for n in range(epochs)]
-    lines = curve(history, max(1, epochs), 50.0, [], 40, 10)
-    assert len(lines) == 10 and max(map(len, lines)) <= 40 and "teacher 50.00" in "".join(lines)
+    lines = curve(history, max(1, epochs), 50.0, [2] if width < 40 else [], width, 10)
+    assert len(lines) == 10 and (width < 40 or max(map(len, lines)) <= 40 and "teacher 50.00" in "".join(lines))
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"])
 def test_a_pipe_gets_a_line_an_epoch(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.StringIO()
     monkeypatch.setenv(variable, "1")
-    console = Console(file=file, width=100)
-    with micronet.choose_view(console, KEPT, {}) as view:
-        view(Started(STAGE, FACTS, Cost(1, 1, 1, 1), None, [], []))
-        for epoch in (1, 2):
-            view(Stepped(epoch, 1, 0.07, torch.zeros(2), 128))
-            view(EpochDone(record(epoch, 20.0), record(1, 20.0)))
-        view(Finished(record(1, 20.0), record(2, 20.0)))
-    lines = file.getvalue().splitlines()
-    assert [line.split("  ")[1] for line in lines[3:5]] == ["epoch 1/70", "epoch 2/70"] and len(lines) == 6
-    assert "\x1b[2K" not in file.getvalue() and "\x1b[?25l" not in file.getvalue()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    console = Console(file=io.StringIO(), width=100)
+    with micronet.choose_view(console, KEPT) as view:
+        for event in (BEGUN, *EPOCHS, STEP, Finished(EPOCHS[0].record, EPOCHS[1].record)):
+            view(event)
+    assert console.file.getvalue().splitlines() == [
+        "stage a-long-name: efficientnet_exx, 2,418,650 parameters, score 0.066818, "
+        "70 epochs of 5 steps of 128 images, seed 7",
+        "teacher: b0, 81.25 % top-1, epoch 2 of stage first",
+        "runs on: CPU (x86_64), 2 processes, bf16, compiled by inductor; started without accelerate launch: "
+        "no config file is read",
+        "WARNING: a note",
+        "goes on after epoch 2 of 70",
+        "a-long-name  epoch 3/70  lr 0.213  train loss 3.375 top-1 15.50 %  "
+        "test loss 1.375 top-1 62.00 % top-5 81.00 %  best 62.00 %  1,003 images/s  23.0 s",
+        "a-long-name  epoch 4/70  lr 0.16  train loss 3.500 top-1 15.00 %  "
+        "test loss 1.500 top-1 60.00 % top-5 80.00 %  best 62.00 %  1,004 images/s  24.0 s",
+        "stage a-long-name is finished: top-1 62.00 % (best, epoch 3), 60.00 % (last, epoch 4)",
+    ]
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished teacher and its pupil."""
-    folder = tmp_path_factory.mktemp("show")
-    (folder / "stages.toml").write_text(TINY)
-    for stage in ("first", "second"):
-        options = ["--stages", folder / "stages.toml", "--ckpt", folder / "ckpt"]
-        assert invoke("run-stage", stage, *options).exit_code == 0
-        reset_accelerate()
-    return folder / "ckpt"
+def test_the_picture_of_what_is_kept() -> None:
+    """A curve for each stage, below its pace, and the table last; in little room the youngest curve, and last."""
+    lines = drawn(micronet.stages_picture(KEPT[:2], ["b0 failed: no room"], 80, 12, False), 80)
+    heads = [i for i, line in enumerate(lines) if "images/s" in line]
+    assert [lines[i] for i in heads] == [
+        " b0: 1,003 images/s, 22.0 s an epoch", " a-long-name: 1,002 images/s, 21.5 s an epoch, 24:22 min left",
+    ]  # fmt: skip
+    assert [[lines[i + n][:6].strip() for n in (1, 10)] for i in heads] == [["90", "70"], ["90", "40"]]
+    assert [sum(line.count("●") for line in lines[i : i + 12]) for i in heads] == [3, 2]
+    assert "│╌ teacher 81.25 ╌" in lines[heads[1] + 3] and "teacher" not in "".join(lines[: heads[1]])
+    assert lines[-3].split()[:2] == ["a-long-name", "exx"] and lines[-1] == " b0 failed: no room"
+    lines = drawn(micronet.stages_picture(KEPT[:2], ["b0 failed: no room"], 80, 12, False, 24), 80)
+    assert lines[4].split()[:2] == ["a-long-name", "exx"] and lines[8].startswith(" a-long-name: 1,002 images/s, ")
 
 
-def test_show(kept: Path, tmp_path: Path) -> None:
-    result = invoke("show", "--ckpt", kept, "--svg", tmp_path / "chain.svg")
+def test_a_failure_is_said_once_and_not_of_a_finished_stage(tmp_path: Path) -> None:
+    states = [each.metadata and micronet.State(tmp_path, {}, each.metadata) for each in KEPT]
+    known = [(each.stage, state, tmp_path) for each, state in zip(KEPT, states)]
+    assert [micronet.kept_as(*each).state for each in known] == ["done", "stopped", "waiting"]
+    for name in ("b0", "a-long-name", "later", "lost"):
+        (tmp_path / f".{name}.lock").write_text(f"failed: no room for {name}")
+    failed = [micronet.kept_as(*each) for each in known]
+    assert [(each.state, each.failure) for each in failed] == [
+        ("done", None), ("failed", "no room for a-long-name"), ("failed", "no room for later"),
+    ]  # fmt: skip
+    lines = micronet.failure_lines(tmp_path, failed, ["no room for later"])
+    assert lines == ["a-long-name failed: no room for a-long-name", "lost failed: no room for lost"]
+
+
+def test_show(trained: Path, tmp_path: Path) -> None:
+    ckpt = trained / "ckpt"
+    result = invoke("show", "--ckpt", ckpt, "--svg", tmp_path / "chain.svg")
     rows = [line.split() for line in result.output.splitlines() if " done " in line]
     assert [row[0] for row in rows] == ["first", "second"] and result.output.count("●") == 6
     svg = (tmp_path / "chain.svg").read_text()
     assert svg.startswith("<svg") and "second" in svg and "●" in svg
-    results = json.loads(invoke("show", "--ckpt", kept, "--json").stdout)
-    assert [(r["stage"], r["state"], r["epoch"], len(r["history"])) for r in results] == [
-        ("first", "done", 3, 3), ("second", "done", 3, 3),
-    ]  # fmt: skip
-    assert results[1]["best"] == micronet.read_metadata(kept / "second" / "best.safetensors")["best"]
+    results = json.loads(invoke("show", "--ckpt", ckpt, "--json").stdout)
+    assert results == micronet.stages_as_json(micronet.kept_stages(ckpt)[0]) and len(results) == 2
+    assert results[1]["best"] == micronet.read_metadata(ckpt / "second" / "best.safetensors").best._asdict()
 
 
-def test_show_takes_a_folder_whose_teachers_go_round(kept: Path, tmp_path: Path) -> None:
+def test_show_takes_a_folder_whose_teachers_go_round(trained: Path, tmp_path: Path) -> None:
     """A stage that was taught by a later one, before stages.toml was turned round."""
-    shutil.copytree(kept, tmp_path / "ckpt")
+    shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
     for file in ("last", "previous"):
         path = tmp_path / "ckpt" / "first" / f"{file}.safetensors"
-        tensors, metadata = micronet.load_checkpoint(path)
-        metadata["stage"]["teacher"] = "second"
-        micronet.save_checkpoint(path, tensors, metadata)
+        tensors, about = micronet.load_checkpoint(path)
+        turned = replace(about, stage=replace(about.stage, teacher="second"), teacher=TEACHER)
+        micronet.save_checkpoint(path, tensors, turned)
     states = json.loads(invoke("show", "--ckpt", tmp_path / "ckpt", "--json").stdout)
-    assert {result["stage"] for result in states} == {"first", "second"}
+    assert {(result["stage"], result["teacher"]) for result in states} == {("first", "second"), ("second", "first")}
 
 
 @pytest.mark.parametrize("damage", ["last", "both", "folder", "lock"])
 def test_a_damaged_stage_hides_no_other(
-    damage: str, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(kept, ckpt := tmp_path / "ckpt")
+    shutil.copytree(trained / "ckpt", ckpt := tmp_path / "ckpt")
     first = ckpt / "first"
     for file in {"last": ["last"], "both": ["last", "previous"]}.get(damage, []):
         (first / f"{file}.safetensors").write_bytes(b"damaged")
     if damage == "folder":  # whose permissions do not hold root back
 
-        def read_state(path: Path, real: object = micronet.read_state) -> dict[str, object]:
-            if path.parent == first:
-                raise PermissionError(13, "Permission denied", str(path))
-            return real(path)
+        def find_state(folder: Path, real: Callable[..., object] = micronet.find_state) -> object:
+            if folder == first:
+                raise PermissionError(13, "Permission denied", str(first / "last.safetensors"))
+            return real(folder)
 
-        monkeypatch.setattr(micronet, "read_state", read_state)
+        monkeypatch.setattr(micronet, "find_state", find_state)
     if damage == "lock":
         (ckpt / ".first.lock").unlink(missing_ok=True)
         os.mkfifo(ckpt / ".first.lock")
@@ -282,43 +270,34 @@ def test_a_damaged_stage_hides_no_other(
     assert damage != "last" or "first " in result.stdout or '"stage": "first"' in result.stdout
 
 
-def test_all_that_is_damaged_is_named(kept: Path, tmp_path: Path) -> None:
-    shutil.copytree(kept, ckpt := tmp_path / "ckpt")
+def test_all_that_is_damaged_is_named(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "ckpt", ckpt := tmp_path / "ckpt")
     for path in ckpt.glob("*/*.safetensors"):
         path.write_bytes(b"damaged")
     result = invoke("show", "--ckpt", ckpt)
-    assert result.exit_code == 3 and "no stage can be read here" in result.stdout
+    assert result.exit_code == 3 and "none can be read" in result.stdout
     assert all(f"{ckpt / name / 'previous.safetensors'}: " in result.stderr for name in ("first", "second"))
-    kept_now, damaged = micronet.kept_stages(ckpt)
-    console = micronet.Screen(file=io.StringIO(), width=80, height=24)
-    console.print(micronet.stages_picture(ckpt, kept_now, damaged, 80, 16, False, 24))
-    assert console.file.getvalue().count("\n") == 3
+    assert len(drawn(micronet.stages_picture(*micronet.kept_stages(ckpt), 80, 16, False, 24), 80)) == 3
 
 
-def test_a_refused_command_says_nothing_of_the_stage(kept: Path, tmp_path: Path) -> None:
-    shutil.copytree(kept, tmp_path / "ckpt")
+def test_a_refused_command_says_nothing_of_the_stage(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
     (tmp_path / "stages.toml").write_text(TINY.replace("width = 0.1", "width = 0.2"))
     result = invoke("run-stage", "first", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path / "ckpt")
     assert result.exit_code == 2 and micronet.failures(tmp_path / "ckpt") == {}
-    (tmp_path / "ckpt" / ".first.lock").write_text("failed: long ago")  # and finished since
-    assert "failed" not in invoke("show", "--ckpt", tmp_path / "ckpt").output
-    first, _ = json.loads(invoke("show", "--ckpt", tmp_path / "ckpt", "--json").stdout)
-    assert (first["state"], first["failure"]) == ("done", None)
 
 
-def test_show_tells_who_is_running(kept: Path) -> None:
+def test_show_tells_who_is_running(trained: Path) -> None:
     """The lock of another process shows; looking at it does not take it."""
-    stage = next(iter(micronet.kept_stages(kept)[0]))
-    code = (
-        "import sys, micronet, pathlib\nstage = next(iter(micronet.kept_stages(p := pathlib.Path(sys.argv[1]))[0]))\n"
-    )
-    code += "with micronet.locked(stage, p): print('held', flush=True); sys.stdin.read()"
+    ckpt = trained / "ckpt"
+    code = "import sys, micronet, pathlib\nckpt = pathlib.Path(sys.argv[1])\n"
+    code += "with micronet.locked(micronet.kept_stages(ckpt)[0][0].stage, ckpt): print('held', flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    holder = subprocess.Popen([sys.executable, "-c", code, kept], **pipes)
+    holder = subprocess.Popen([sys.executable, "-c", code, ckpt], **pipes)
     assert holder.stdout.readline() == "held\n"
-    states = [r["state"] for r in json.loads(invoke("show", "--ckpt", kept, "--json").stdout)]
-    holder.communicate()
-    assert states == ["running", "done"] and not micronet.is_locked(stage.name, kept)
+    states = [r["state"] for r in json.loads(invoke("show", "--ckpt", ckpt, "--json").stdout)]
+    holder.communicate("\n")
+    assert states == ["running", "done"] and not micronet.is_locked("first", ckpt)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -331,9 +310,9 @@ def test_show_refuses_in_one_line(arguments: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["show", "--ckpt", "KEPT"], ["run-stage", "--help"]])
-def test_what_computes_nothing_comes_up_at_once(arguments: list[str], kept: Path) -> None:
+def test_what_computes_nothing_comes_up_at_once(arguments: list[str], trained: Path) -> None:
     """Torch stays out: with it, the CPU time is 30 times that of importing rich and typer (best of three, in turns)."""
-    words = [str(kept) if word == "KEPT" else word for word in arguments]
+    words = [str(trained / "ckpt") if word == "KEPT" else word for word in arguments]
     times: dict[str, float] = {}
     for _ in range(3):
         for name, command in (("bare", ["-c", "import rich, typer"]), ("ours", [str(ROOT / "micronet.py"), *words])):
