@@ -1205,6 +1205,7 @@ class Metadata:
             "teacher": bool(self.imported) or (self.teacher is None) == (self.stage.teacher is None),
             "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
             "cost": (self.cost and self.facts) is not None or not n,
+            "best_network": self.best_network is None or n > 0,
         }
         if wrong := [name for name in sound if not sound[name]]:
             raise ValueError(f"metadata.{wrong[0]} contradicts the rest")
@@ -2703,7 +2704,7 @@ class Dashboard(Plain):
                 super().__call__(event)
                 self.begun, self.first = time.monotonic(), len(event.history) * event.stage.steps_per_epoch
                 self.teacher = event.teacher
-                self.set(state="running")
+                self.set(state="running", **({} if event.history else {"metadata": None}))  # --restart begins anew
                 self.bars = [Text(" the first step is under way")]
                 self.draw()
             case Stepped() if time.monotonic() - self.drawn >= 0.25:

@@ -200,6 +200,10 @@ WRONG = {  # a change of the JSON: what is said
     "classes": ({"class_names": ["a"]}, "metadata.class_names"),
     "stage": ({"stage": {"name": "s", "network": "resnet"}}, "network"),
     "teacher": ({"teacher": {"name": "x", "stage": "x", "tensors": "0", "tested": UNTESTED}}, "metadata.teacher"),
+    "a state without a history": (
+        {"history": [], "cost": None, "exported": {"file": "x", "sha256": "0", "top1": None}},
+        "metadata.best_network",
+    ),
     "two origins": ({"imported": {"file": "x", "sha256": "0"}}, "metadata."),
     "unknown": ({"note": 1}, "metadata"),
 }

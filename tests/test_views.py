@@ -72,6 +72,12 @@ def test_the_dashboard_shows_every_figure_in_its_place() -> None:
     assert sum(line.count("●") for line in lines) == 4
 
 
+def test_a_restarted_stage_begins_anew() -> None:
+    """What it had kept is moved aside, and counts no longer."""
+    lines = [" ".join(line.split()) for line in picture(80, 24, begun=replace(BEGUN, history=[]))]
+    assert lines[4] == "a-long-name exx b0 81.25 running 2/70 62.00 60.00 47.0 s"
+
+
 def test_only_the_main_process_draws() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     file.isatty = lambda: True
