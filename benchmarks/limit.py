@@ -91,7 +91,11 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 10,
 ) -> None:
     every = micronet.load_stages(stages)
-    print(json.dumps(judge(*micronet.bare_run(every[name], every, None, steps), steps)))
+    micronet.keep_freed_memory()  # as `bench` does
+    stage, run = micronet.bare_run(micronet.find_stage(every, name), every, None, steps)
+    judged = judge(stage, run, steps)
+    if run.accelerator.is_main_process:
+        print(json.dumps(judged))
 
 
 if __name__ == "__main__":
