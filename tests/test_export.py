@@ -1,7 +1,8 @@
 """Networks as they ship, and those that the method's authors published: the same predictions, and nothing executed."""
 
-import io
+import copy
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -24,18 +25,7 @@ from torch import Tensor, nn
 from typer.testing import Result
 
 import micronet
-from micronet import (
-    NETWORKS,
-    build_network,
-    fold_batch_norms,
-    fold_network,
-    layer_costs,
-    load_checkpoint,
-    load_network,
-    read_metadata,
-    save_checkpoint,
-    total_cost,
-)
+from micronet import build_network, fold_network, load_checkpoint, load_network, read_metadata
 
 # ------------------------------------------------------------------------------------------------------------ folding
 
@@ -51,37 +41,25 @@ def worn(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def test_folding_batch_norm_changes_nothing() -> None:
+def test_folding_changes_no_prediction() -> None:
+    """Without batch norms the same cosines; with one linear layer for the classifier these times a positive factor."""
     network = worn(build_network("efficientnet_b0", width=0.25, depth=0.5)).double()
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(8, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
-        expected = network(images)
-        torch.testing.assert_close(fold_batch_norms(network)(images), expected, rtol=1e-10, atol=1e-10)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-
-
-def test_the_folded_classifier_is_the_cosine_times_a_positive_factor() -> None:
-    network = worn(build_network("efficientnet_b0", width=0.25, depth=0.5)).double()
-    images = torch.randn(16, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        embedding = nn.Sequential(*list(network)[:-1])(images)  # (N, D)
-        cosines = network(images).double()
+        embedding, cosines = nn.Sequential(*list(network)[:-1])(images), network(images)
+        folded = micronet.fold_batch_norms(copy.deepcopy(network))
+        torch.testing.assert_close(folded(images), cosines, rtol=1e-10, atol=1e-10)
         logits = fold_network(network)(images)
-    factor = embedding.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(logits / factor, cosines, rtol=1e-6, atol=1e-6)
+    for each in (folded, network):
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in each.modules())
+    torch.testing.assert_close(logits / embedding.norm(dim=1, keepdim=True), cosines.double(), rtol=1e-6, atol=1e-6)
     assert (logits.argmax(1) == cosines.argmax(1)).all()
 
 
-FOLDED = {"efficientnet_ex": (2_652_292, "0.072284"), "efficientnet_exx": (2_280_006, "0.064391")}
-
-
-@pytest.mark.parametrize("name", FOLDED)
-def test_the_published_cost_of_a_folded_network(name: str) -> None:
-    cost = total_cost(layer_costs(fold_network(build_network(name)), "official").values())
-    assert (cost.params, f"{cost.score:.6f}") == FOLDED[name]
-
-
 # ------------------------------------------------------------------------------------------------------------- export
+
+
+Exported = dict[str, tuple[Path, dict[str, object]]]
 
 
 @pytest.fixture(scope="module")
@@ -90,28 +68,33 @@ def best(trained: Path) -> Path:
     return trained / "ckpt" / "first" / "best.safetensors"
 
 
+@pytest.fixture(scope="module")
+def exported(best: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """An export of every kind, and what the command prints."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp("exported") / "new"
+    outs = {kind: folder / f"network.{kind}" for kind in ("safetensors", "onnx", "pt2")}
+    return {kind: (out, *json.loads(invoke("export", best, out, "--json").stdout)) for kind, out in outs.items()}
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "onnx", "pt2"])
-def test_an_export_predicts_the_same(kind: str, best: Path, tmp_path: Path) -> None:
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-    out, stage = tmp_path / "new" / f"network.{kind}", read_metadata(best).stage
-    tested = micronet.load_images(stage, Path("data"), train=False)
-    pixels, rounded = micronet.normalize(tested.pixels / 255), fold_network(load_network(best)).half().float()
-    before, after = (network(pixels).argmax(1) for network in (load_network(best), rounded))
-    (result,) = json.loads(invoke("export", best, out, "--json").stdout)
-    assert (result["images"], result["on"], result["agree"]) == (50, "test images", int((before == after).sum()))
-    top1 = [2 * int((predicted == tested.labels).sum()) for predicted in (before, after)]  # in percent of 50
-    assert [result["top1_before"], result["top1"]] == top1
+def test_an_export_predicts_the_same(kind: str, best: Path, exported: Exported) -> None:
+    """What is said of its predictions, tests/test_tables.py checks with a network that 16 bits change."""
+    (out, result), folded = exported[kind], fold_network(load_network(best))
+    size, rounded = total_size(folded.state_dict()), folded.half().float()
+    assert (result["images"], result["on"]) == (50, "test images") and result["agree"] > 45
+    assert result["top1_before"] == read_metadata(best).best.top1 == pytest.approx(result["top1"], abs=10)
     assert result["difference"] < 0.01 * result["largest"]
-    assert result["bytes"] == out.stat().st_size > result["counted_bytes"]
-    state = fold_network(load_network(best)).state_dict()
-    assert result["counted_bytes"] == 2 * sum(tensor.numel() for tensor in state.values())
+    assert result["bytes"] == out.stat().st_size > result["counted_bytes"] == 2 * size
 
     images = torch.randn(7, 3, 32, 32)  # another batch size than it was exported with
-    expected = fold_network(load_network(best)).half().float()(images)
-    torch.testing.assert_close(run(out, images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(out, images), rounded(images), rtol=1e-4, atol=1e-4)
     assert run(out, images[:1]).shape == (1, 10)
+
+
+def total_size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def run(path: Path, images: Tensor) -> Tensor:
@@ -126,35 +109,18 @@ def run(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def test_an_exported_checkpoint_is_evaluated_and_scored(best: Path, tmp_path: Path) -> None:
-    out = tmp_path / "network.safetensors"
-    assert invoke("export", best, out).exit_code == 0
+def test_an_exported_checkpoint_is_evaluated_and_scored_but_neither_exported_again_nor_a_teacher(
+    best: Path, exported: Exported, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    out, _ = exported["safetensors"]
     tensors, metadata = load_checkpoint(out)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert metadata.exported.file == "best.safetensors" and metadata.class_names[0] == "disc"
     (tested,) = json.loads(invoke("evaluate", out, "--json").stdout)
-    assert tested["top1"] == metadata.exported.top1
-    assert tested["loss"] is None
+    assert tested["top1"] == metadata.exported.top1 and tested["loss"] is None
     scores = json.loads(invoke("score", out, best, "--rules", "official", "--json").stdout)
-    assert scores[0]["params"] == sum(tensor.numel() for tensor in tensors.values()) < scores[1]["params"]
+    assert scores[0]["params"] == total_size(tensors) < scores[1]["params"]
     assert [score["top1"] for score in scores] == [tested["top1"], read_metadata(best).best.top1]
-
-
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [("x.tflite", "expected a name that ends in .safetensors, .onnx, .pt2"), ("x", "expected a name")],
-)
-def test_another_format_is_refused(out: str, message: str, best: Path, tmp_path: Path) -> None:
-    result = invoke("export", best, tmp_path / out)
-    assert (result.exit_code, result.output.count("\n")) == (2, 1) and message in result.stderr
-    assert not (tmp_path / out).exists()
-
-
-def test_an_export_is_neither_exported_again_nor_a_teacher(
-    best: Path, tmp_path: Path, write: Callable[..., Path]
-) -> None:
-    out = tmp_path / "network.safetensors"
-    assert invoke("export", best, out).exit_code == 0
     again = invoke("export", out, tmp_path / "again.onnx")
     assert again.exit_code == 2 and "exported already" in again.stderr
     stages = write(TINY.replace('teacher = "first"', f'teacher = "{out}"'))
@@ -162,54 +128,57 @@ def test_an_export_is_neither_exported_again_nor_a_teacher(
     assert (result.exit_code, result.output.count("\n")) == (2, 1) and "with no cosines" in result.stderr
 
 
+@pytest.mark.parametrize(("words", "absent", "message"), [
+    ("export x x.tflite", None, "x.tflite: expected a name that ends in .safetensors, .onnx, .pt2"),
+    ("export x x", None, "x: expected a name that ends in "),
+    ("export x x.onnx", "onnxruntime", "x.onnx: the package onnxruntime is missing: uv sync --extra onnx"),
+    ("export x x.onnx", "onnxscript", "x.onnx: the package onnxscript is missing: uv sync --extra onnx"),
+    ("import x --network resnet --out x.safetensors", None, '--network = "resnet": expected one of efficientnet_b0, '),
+    ("import x --network efficientnet_ex --out x.pt", None, "--out = x.pt: expected a name that ends in .safetensors"),
+])  # fmt: skip
+def test_another_format_or_network_or_a_missing_package_is_named_at_once(
+    words: str, absent: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == absent else real(name, *rest))
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*words.split())
+    assert (result.exit_code, result.output.count("\n")) == (2, 1) and result.stderr.startswith(f"error: {message}")
+
+
 @pytest.mark.parametrize("command", ["export x.safetensors", "export x.onnx", "export x.pt2", "import", "show"])
 def test_nothing_is_replaced_that_the_command_has_not_written(
-    command: str, trained: Path, plain: ModuleType, tmp_path: Path
+    command: str, trained: Path, exported: Exported, tmp_path: Path
 ) -> None:
-    """A stage's files, another checkpoint, what cannot be read; an older output may go, a link stays."""
-    ckpt = shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
-    best, name = ckpt / "first" / "best.safetensors", command.partition(" ")[2] or "x.safetensors"
-    published_file = tmp_path / "x.pytar"
-    torch.save(published(plain, "efficientnet_exx")[1], published_file)
-
-    def write(target: Path) -> Result:
-        match command.split():
-            case ["export", _]:
-                return invoke("export", best, target)
-            case ["import"]:
-                return invoke("import", published_file, "--network", "efficientnet_exx", "--out", target)
-        return invoke("show", "--ckpt", ckpt, "--svg", target)
-
-    imported, exported = tmp_path / "imported.safetensors", tmp_path / "exported.safetensors"
-    assert invoke("import", published_file, "--network", "efficientnet_exx", "--out", imported).exit_code == 0
-    assert invoke("export", best, exported).exit_code == 0
-    foreign = {
-        "checkpoint": best.read_bytes(),
-        "import": imported.read_bytes(),
-        "text": b"precious",
-        "zip": b"PK\x03\x04",
-    }
-    if not name.endswith("x.safetensors") or command == "import":
-        foreign["export"] = b"" if "export" in command else exported.read_bytes()
-    for content in filter(None, foreign.values()):
-        (target := tmp_path / name).write_bytes(content)
-        result = write(target)
+    """A stage's files, another command's, what cannot be read; an older output may go. Found out before all else."""
+    ckpt, missing = shutil.copytree(trained / "ckpt", tmp_path / "ckpt"), tmp_path / "missing"
+    command, _, name = command.partition(" ")
+    target, suffix = tmp_path / (name or "x.safetensors"), Path(name or "x.safetensors").suffix
+    words = {"export": [missing], "import": [missing, "--network", "efficientnet_exx", "--out"],
+             "show": ["--ckpt", ckpt, "--svg"]}  # fmt: skip
+    others = [(ckpt / "first" / "best.safetensors").read_bytes(), b"precious", b"PK\x03\x04"]
+    if command != "export":
+        others.append(exported["safetensors"][0].read_bytes())
+    for content in others:
+        target.write_bytes(content)
+        result = invoke(command, *words[command], target)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1) and "expected another name" in result.stderr
         assert target.read_bytes() == content
-    target.unlink()
-    for within in (ckpt / "first" / "best.safetensors", ckpt / "first" / f"new{Path(name).suffix}"):
-        result = write(within.with_suffix(Path(name).suffix))
+    for within in (ckpt / "first" / f"best{suffix}", ckpt / "first" / f"new{suffix}"):
+        result = invoke(command, *words[command], within)
         assert result.exit_code == 2 and "keeps a stage: expected a name elsewhere" in result.stderr
-    (leftover := tmp_path / f".{name}.999999999.part").write_bytes(b"of a writer that was killed")
-    assert write(target).exit_code == 0 and not leftover.exists()
-    if command != "import":
-        target.rename(real := tmp_path / "elsewhere")
-        target.symlink_to(real)
-        written = real.stat().st_mtime_ns
-        assert write(target).exit_code == 0 and target.is_symlink() and real.stat().st_mtime_ns > written
+    if command == "export":
+        older = invoke(command, missing, exported[suffix[1:]][0])
+        assert (older.exit_code, older.stderr) == (3, f"error: {missing}: No such file or directory\n")
 
 
-def test_a_pipe_and_a_device_are_written_to(best: Path, tmp_path: Path) -> None:
+def test_a_link_and_a_pipe_are_written_to(best: Path, trained: Path, tmp_path: Path) -> None:
+    (link := tmp_path / "x.svg").symlink_to(real := tmp_path / "elsewhere")
+    (leftover := tmp_path / ".elsewhere.999999999.part").write_bytes(b"of a writer that was killed")
+    for _ in ("new", "over an older one"):
+        assert invoke("show", "--ckpt", trained / "ckpt", "--svg", link).exit_code == 0
+        assert link.is_symlink() and b"<svg" in real.read_bytes() and not leftover.exists()
+        real.write_bytes(real.read_bytes().replace(b"<svg", b"<old"))
     os.mkfifo(pipe := tmp_path / "pipe.safetensors")
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
     assert invoke("export", best, pipe).exit_code == 0 and pipe.is_fifo()
@@ -228,20 +197,11 @@ def test_what_is_not_finite_is_refused(weight: str, command: str, message: str, 
     tensors[name].flatten()[:] = float(weight)
     if command == "evaluate" and weight != "nan":
         tensors["cosine.kernel"][:, 0] = 0.0
-    save_checkpoint(path := tmp_path / "x.safetensors", tensors, about)
+    micronet.save_checkpoint(path := tmp_path / "x.safetensors", tensors, about)
     words = {"export": [path, tmp_path / "y.safetensors"], "evaluate": [path, "--precision", "fp16"], "score": [path]}
     result = invoke(command, *words[command])
     assert (result.exit_code, result.stderr.count("\n")) == (3, 1), result.output
     assert message in result.stderr and not (tmp_path / "y.safetensors").exists()
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
-def test_a_missing_package_is_named(package: str, best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
-    result = invoke("export", best, out := tmp_path / "network.onnx")
-    assert (result.exit_code, result.output.count("\n")) == (2, 1) and not out.exists()
-    assert result.stderr.startswith(f"error: {out}: the package {package} is missing: uv sync --extra onnx")
 
 
 # ------------------------------------------------------------------------------------------------------------- import
@@ -249,7 +209,7 @@ def test_a_missing_package_is_named(package: str, best: Path, tmp_path: Path, mo
 
 def published(plain: ModuleType, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a plain network and its state under the names that the authors' checkpoints have."""
-    network = worn(plain.PlainNetwork(100, *NETWORKS[name]))
+    network = worn(plain.PlainNetwork(100, *micronet.NETWORKS[name]))
 
     def place(layers: nn.Sequential, index: str) -> int:  # where an activation is part of the unit before it
         return sum(not isinstance(layer, plain.Swish) for layer in layers[: int(index)])
@@ -267,46 +227,53 @@ def published(plain: ModuleType, name: str) -> tuple[nn.Module, dict[str, Tensor
     return network, {renamed(ours): tensor for ours, tensor in network.state_dict().items()}
 
 
-def import_file(path: Path, network: str = "efficientnet_exx") -> object:
+def import_file(path: Path, network: str = "efficientnet_exx") -> Result:
     return invoke("import", path, "--network", network, "--out", path.with_suffix(".safetensors"))
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("name", ["efficientnet_exx", "efficientnet_b0"])
-def test_a_published_network_computes_the_same(
-    name: str, prefix: str, zipped: bool, plain: ModuleType, tmp_path: Path
-) -> None:
-    network, state = published(plain, name)
-    state = OrderedDict((prefix + name, tensor) for name, tensor in state.items())
-    state._metadata = {"": {"version": 1}}  # as state_dict() has it
-    if not zipped:  # torch 0.4.0 had no num_batches_tracked
-        for name_ in [name for name in state if name.endswith("num_batches_tracked")]:
-            del state[name_]
-    path = tmp_path / "net.pytar"
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    result = import_file(path, name)
-    assert result.exit_code == 0, result.output
+Published = tuple[nn.Module, dict[str, Tensor], Path]
+
+
+@pytest.fixture(scope="module")
+def published_exx(plain: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """An exx with its state under the authors' names, and imported from a file as torch 0.4.0 wrote it."""
+    network, state = published(plain, "efficientnet_exx")
+    path = tmp_path_factory.mktemp("published") / "net.pytar"
+    old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save(old, path, _use_new_zipfile_serialization=False)
+    assert import_file(path).exit_code == 0
+    return network, state, path.with_suffix(".safetensors")
+
+
+def same_function(network: nn.Module, other: nn.Module) -> None:
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(
-            load_network(path.with_suffix(".safetensors"))(images), network(images), rtol=1e-4, atol=1e-5
-        )
-    if name == "efficientnet_exx" and not zipped:
-        (score, _) = json.loads(invoke("score", path.with_suffix(".safetensors"), "--json").stdout)
-        assert score["params"] == 2_418_650 and score["top1"] is None
+        torch.testing.assert_close(network(images), other(images), rtol=1e-4, atol=1e-5)
 
 
-def test_an_imported_network_teaches(plain: ModuleType, tmp_path: Path, write: Callable[..., Path]) -> None:
-    path = tmp_path / "net.pytar"
-    torch.save(published(plain, "efficientnet_exx")[1], path)
-    assert import_file(path).exit_code == 0
-    text = TINY.replace('teacher = "first"', f'teacher = "{path.with_suffix(".safetensors")}"')
-    stages = write(re.sub(r"\[stage.first\][^[]*", "", text.replace('"synthetic"', '"cifar100"')))
-    from micronet import load_stages, load_teacher
-
-    teacher, facts = load_teacher(load_stages(stages)["second"], tmp_path, None)
+def test_a_published_network_computes_the_same_and_teaches(
+    published_exx: Published, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    network, _, path = published_exx
+    same_function(load_network(path), network)
+    (score, _) = json.loads(invoke("score", path, "--json").stdout)
+    assert score["params"] == 2_418_650 and score["top1"] is None
+    text = TINY.replace('teacher = "first"', f'teacher = "{path}"').replace('"synthetic"', '"cifar100"')
+    stages = micronet.load_stages(write(re.sub(r"\[stage.first\][^[]*", "", text)))
+    teacher, facts = micronet.load_teacher(stages["second"], tmp_path, None)
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 100) and facts.tested.top1 is None
+
+
+def test_a_file_of_a_later_torch_is_taken_at_any_width(plain: ModuleType, tmp_path: Path) -> None:
+    network, state = published(plain, "efficientnet_b0")
+    widths = itertools.cycle([torch.float32, torch.half, torch.bfloat16, torch.double])
+    state = {name: tensor.to(width) if tensor.dim() else tensor for (name, tensor), width in zip(state.items(), widths)}
+    saved = OrderedDict(("module." + name, tensor) for name, tensor in state.items())  # of several GPUs
+    saved._metadata = {"": {"version": 1}}  # as state_dict() has it
+    torch.save(saved, tmp_path / "x.pytar")
+    assert import_file(tmp_path / "x.pytar", "efficientnet_b0").exit_code == 0
+    network.load_state_dict(dict(zip(network.state_dict(), state.values())))
+    same_function(load_network(tmp_path / "x.safetensors"), network)
 
 
 def refused(path: Path, message: str) -> None:
@@ -315,96 +282,24 @@ def refused(path: Path, message: str) -> None:
     assert message in result.stderr and not path.with_suffix(".safetensors").exists()
 
 
-def test_another_networks_file_is_refused(plain: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "b0.pytar"
-    torch.save(published(plain, "efficientnet_b0")[1], path)
-    refused(path, "")
-    state = published(plain, "efficientnet_exx")[1]
-    torch.save(state | {"extra": torch.zeros(1)}, path)
-    refused(path, '"extra" is not in this network')
-    torch.save({name: tensor for name, tensor in state.items() if name != "classifier.2.kernel"}, path)
-    refused(path, "cosine.kernel is missing")
+NAME, BIAS = "classifier.0.bias", torch.ones(200)
+OTHERS = {  # what an exx has in the place of that bias, or beside it, and what is said of it
+    "nan": ({NAME: BIAS * float("nan")}, "embedding.bias is not finite"),
+    "infinite once it is float32": ({NAME: BIAS.double() * 1e300}, "embedding.bias is not finite"),
+    "long": ({NAME: BIAS.long()}, "embedding.bias has type torch.int64 where torch.float32 is expected"),
+    "huge": ({NAME: torch.ones(1).expand(10**12)}, "embedding.bias has shape (1000000000000,) where (200,) is"),
+    "of another shape": ({NAME: torch.ones(1, 200)}, "embedding.bias has shape (1, 200) where (200,) is expected"),
+    "missing": ({NAME: None}, "embedding.bias is missing"),
+    "extra": ({"extra": BIAS}, '"extra" is not in this network'),
+}
 
 
-BIAS = torch.ones(200)
-with warnings.catch_warnings(action="ignore"):  # of kinds that torch calls beta, or about to go
-    TENSORS = {  # of every kind that torch can save, in the place of a bias of 200 floats
-        "nan": BIAS * float("nan"),
-        "infinite once it is float32": BIAS.double() * 1e300,
-        "bool": BIAS.bool(),
-        "int": BIAS.int(),
-        "long": BIAS.long(),
-        "complex": BIAS * 1j,
-        "conjugated": (BIAS * 1j).conj(),
-        "negated": torch.complex(BIAS, BIAS).conj().imag,
-        "sparse": BIAS.to_sparse(),
-        "compressed": torch.eye(200).to_sparse_csr(),
-        "quantised": torch.quantize_per_tensor(BIAS, 0.1, 0, torch.qint8),
-        "float8": BIAS.to(torch.float8_e4m3fn),
-        "meta": BIAS.to("meta"),
-        "parameter": nn.Parameter(BIAS),
-        "huge": torch.ones(1).expand(10**12),
-        "of another shape": torch.ones(1, 200),
-        "text": "a bias",
-        "nothing": None,
-    }
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("kind", TENSORS)
-def test_a_tensor_that_is_no_weight_is_refused(kind: str, zipped: bool, plain: ModuleType, tmp_path: Path) -> None:
-    state, path = published(plain, "efficientnet_exx")[1] | {"classifier.0.bias": TENSORS[kind]}, tmp_path / "x.pytar"
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    refused(path, "embedding.bias" if kind in ("nan", "infinite once it is float32", "long", "huge") else str(path))
-
-
-@pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
-def test_weights_of_other_widths_are_taken(kind: str, plain: ModuleType, tmp_path: Path) -> None:
-    network, state = published(plain, "efficientnet_exx")
-    state = {name: tensor.to(getattr(torch, kind)) if tensor.dim() else tensor for name, tensor in state.items()}
-    torch.save(state, tmp_path / "x.pytar")
-    assert import_file(tmp_path / "x.pytar").exit_code == 0
-    taken = load_network(tmp_path / "x.safetensors").state_dict()
-    assert all(torch.equal(ours.float(), theirs.float()) for ours, theirs in zip(taken.values(), state.values()))
-
-
-def nested(depth: int) -> bytes:
-    """A tuple of two tuples of two tuples ..., each pair one object: hashing it takes 2^depth steps."""
-    return b"(t" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(depth))
-
-
-@pytest.mark.parametrize("kind", ["key", "deep", "value", "many", "zip bomb", "overlap"])
-def test_a_file_that_would_eat_the_machine_is_refused_at_once(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "evil.pytar"
-    pickles = {
-        "key": b"\x80\x02}" + nested(40) + b"K\x01s.",
-        "value": b"\x80\x02}X\x01\x00\x00\x00a" + nested(40) + b"s.",
-        "deep": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
-        "many": b"\x80\x02]" + b"K\x01a" * 10**6 + b".",
-    }
-    if kind in pickles:
-        path.write_bytes(pickles[kind] * 5)
-    else:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "zip bomb" else zipfile.ZIP_STORED) as archive:
-            archive.writestr("x/data.pkl", b"\x00" * 10**7 if kind == "zip bomb" else pickles["key"])
-    begun = time.process_time()
-    refused(path, str(path))
-    assert time.process_time() - begun < 3
-
-
-def test_a_pipe_is_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.pytar")
-    refused(tmp_path / "pipe.pytar", "not a file")
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_truncated_file_is_refused(zipped: bool, plain: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "net.pytar"
-    torch.save(published(plain, "efficientnet_exx")[1], path, _use_new_zipfile_serialization=zipped)
-    content = path.read_bytes()
-    for length in (0, 1, 100, len(content) // 2, len(content) - 10):
-        path.write_bytes(content[:length])
-        refused(path, "")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_networks_weights_are_refused(kind: str, published_exx: Published, tmp_path: Path) -> None:
+    change, message = OTHERS[kind]
+    state = {name: tensor for name, tensor in (published_exx[1] | change).items() if tensor is not None}
+    torch.save(state, tmp_path / "x.pytar", _use_new_zipfile_serialization=kind != "huge")
+    refused(tmp_path / "x.pytar", message)
 
 
 class Payload:
@@ -417,58 +312,85 @@ class Payload:
         return self.call
 
 
-def payloads(marker: Path) -> dict[str, object]:
-    touch = f"open({str(marker)!r}, 'w').close()"
-    return {
-        "system": Payload(os.system, f"touch {marker}"),
-        "popen": Payload(os.popen, f"touch {marker}"),
-        "eval": Payload(eval, touch),
-        "exec": Payload(exec, touch),
-        "open": Payload(open, str(marker), "w"),
-        "mkdir": Payload(os.mkdir, str(marker)),
-        "import": Payload(__import__, "antigravity"),
-        "getattr": {"features.0.1.weight": Payload(getattr, Path(marker), "touch")},
-        "in a tensor's place": {"features.0.1.weight": Payload(os.system, f"touch {marker}")},
-        "as a key": {Payload(os.system, f"touch {marker}"): torch.zeros(1)},
-        "module": nn.Sequential(nn.Linear(2, 2)),
-        "list": [torch.zeros(1)],
-        "number": {"features.0.1.weight": 3},
-    }
+def strangers(marker: Path) -> dict[str, object]:
+    """Return what torch can save and is no dict of dense tensors of floats; some would touch `marker`, unpickled."""
+    touch = Payload(os.system, f"touch {marker}")
+    with warnings.catch_warnings(action="ignore"):  # of kinds that torch calls beta, or about to go
+        in_place = {
+            "bool": BIAS.bool(), "int": BIAS.int(), "float8": BIAS.to(torch.float8_e4m3fn), "complex": BIAS * 1j,
+            "conjugated": (BIAS * 1j).conj(), "negated": torch.complex(BIAS, BIAS).conj().imag,
+            "sparse": BIAS.to_sparse(), "compressed": torch.eye(200).to_sparse_csr(), "meta": BIAS.to("meta"),
+            "quantised": torch.quantize_per_tensor(BIAS, 0.1, 0, torch.qint8), "parameter": nn.Parameter(BIAS),
+            "text": "a bias", "number": 3, "nothing": None, "payload": touch,
+            "getattr": Payload(getattr, Path(marker), "touch"),
+        }  # fmt: skip
+    alone = {
+        "system": touch, "eval": Payload(eval, f"open({str(marker)!r}, 'w').close()"), "as a key": {touch: BIAS},
+        "module": nn.Sequential(nn.Linear(2, 2)), "list": [BIAS, BIAS],
+    }  # fmt: skip
+    return {kind: {NAME: thing} for kind, thing in in_place.items()} | alone
 
 
-@pytest.mark.parametrize("kind", ["old", "zip", "pickle"])
-@pytest.mark.parametrize("name", payloads(Path("marker")))
-def test_no_payload_runs(name: str, kind: str, tmp_path: Path) -> None:
+NO_DICT = "expected a dict of tensors that torch.save has written"
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("kind", strangers(Path("marker")))
+def test_what_is_no_dict_of_dense_tensors_is_refused_and_nothing_runs(kind: str, zipped: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "evil.pytar", tmp_path / "marker"
-    thing = payloads(marker)[name]
-    if kind == "pickle":
-        if name == "module":
-            pytest.skip("torch pickles its tensors with torch.save only")
-        path.write_bytes(pickle.dumps(thing))
-    else:
-        torch.save(thing, path, _use_new_zipfile_serialization=kind == "zip")
-    refused(path, str(path))
+    torch.save(strangers(marker)[kind], path, _use_new_zipfile_serialization=zipped)
+    refused(path, NO_DICT)
     assert not marker.exists()
 
 
-def test_archives_that_torch_has_not_written_are_refused(tmp_path: Path) -> None:
-    path, buffer = tmp_path / "bomb.pytar", io.BytesIO()
-    torch.save({"features.0.1.weight": torch.zeros(10_000_000)}, buffer)
-    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry), zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 100_000  # of 40 MB
-    refused(path, "a compressed archive")
+def nested(depth: int) -> bytes:
+    """A tuple of two tuples of two tuples ..., each pair one object: hashing it takes 2^depth steps."""
+    return b"(t" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(depth))
+
+
+EATERS = {
+    "key": b"\x80\x02}" + nested(40) + b"K\x01s.",
+    "value": b"\x80\x02}X\x01\x00\x00\x00a" + nested(40) + b"s.",
+    "deep": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
+    "many": b"\x80\x02]" + b"K\x01a" * 10**6 + b".",
+}
+
+
+@pytest.mark.parametrize("kind", [*EATERS, "zipped"])
+def test_a_file_that_would_eat_the_machine_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "evil.pytar"
+    if kind in EATERS:
+        path.write_bytes(EATERS[kind] * 5)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", EATERS["key"])
+    begun = time.process_time()
+    refused(path, str(path))
+    assert time.process_time() - begun < 3
+
+
+def test_what_torch_save_has_not_written_is_refused(tmp_path: Path) -> None:
+    """Cut short, a pickle or an archive of another kind, one that could unpack to any size, no file."""
+    path, marker = tmp_path / "net.pytar", tmp_path / "marker"
+    for zipped in (False, True):
+        torch.save({NAME: BIAS}, path, _use_new_zipfile_serialization=zipped)
+        refused(path, " is missing")  # of the rest; read it is
+        content = path.read_bytes()
+        for length in (0, 1, 100, len(content) // 2, len(content) - 10):
+            path.write_bytes(content[:length])
+            refused(path, NO_DICT)
+    path.write_bytes(pickle.dumps(Payload(os.system, f"touch {marker}")))
+    refused(path, NO_DICT)
     with tarfile.open(path, "w") as archive:
         archive.add(__file__, "../../evil")
-    refused(path, "expected a dict of tensors")
+    refused(path, NO_DICT)
+    for method, times in ((zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_STORED, 50)):  # compressed, on top of each other
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("x/data.pkl", bytes(10**6))
+            archive.filelist *= times
+        refused(path, "a compressed archive")
     refused(tmp_path / "missing.pytar", "No such file")
-    refused(tmp_path, "not a file")
-
-
-@pytest.mark.parametrize(
-    ("network", "out", "message"), [("resnet", "x.safetensors", "--network"), ("efficientnet_ex", "x.pt", "--out")]
-)
-def test_bad_options_of_import(network: str, out: str, message: str, tmp_path: Path) -> None:
-    result = invoke("import", tmp_path / "x.pytar", "--network", network, "--out", tmp_path / out)
-    assert (result.exit_code, result.output.count("\n")) == (2, 1) and message in result.stderr
+    os.mkfifo(tmp_path / "pipe.pytar")
+    for no_file in (tmp_path, tmp_path / "pipe.pytar"):
+        refused(no_file, "not a file")
+    assert not marker.exists()

@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import efficientnet_b0
 
-from micronet import NETWORKS, Cosine, MBConv, build_network, convolution, initialize, scaled_channels
-
-PUBLISHED = {"b0": 4_285_556, "b3": 11_027_240, "ex": 2_793_064, "exx": 2_418_650}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_as_published(name: str) -> None:
-    network = build_network(f"efficientnet_{name}")
-    assert sum(p.numel() for p in network.parameters()) == PUBLISHED[name]
-    assert network.cosine.kernel.shape == (200, 100)
+from micronet import Cosine, MBConv, build_network, convolution, initialize, scaled_channels
 
 
 def test_b0_is_torchvisions_but_for_strides_projection_bias_and_head() -> None:
@@ -55,20 +46,6 @@ def test_strided_padding_is_tensorflows_same(kernel: int) -> None:
     assert (before, after) == ((0, 1) if kernel == 3 else (1, 2))
 
 
-def test_a_block_against_its_definition() -> None:
-    block = MBConv(16, 16, 6, 5, 1, 0.0).eval()
-    expand, norm1, _, depthwise, norm2, _, gate, project, norm3 = block.layers
-    x = torch.randn(3, 16, 8, 8)
-    h = F.silu(norm1(F.conv2d(x, expand.weight)))
-    h = F.silu(norm2(F.conv2d(h, depthwise.weight, padding=2, groups=96)))
-    mean = h.mean((2, 3), keepdim=True)
-    squeezed = F.silu(F.conv2d(mean, gate[1].weight, gate[1].bias))
-    h = h * torch.sigmoid(F.conv2d(squeezed, gate[3].weight, gate[3].bias))
-    assert squeezed.shape[1] == 4  # a quarter of the block's inputs
-    expected = x + norm3(F.conv2d(h, project.weight, project.bias))
-    torch.testing.assert_close(block(x), expected)
-
-
 def test_initial_values() -> None:
     torch.manual_seed(0)
     network = build_network("efficientnet_b3")
@@ -94,23 +71,15 @@ def test_cosines_are_cosines() -> None:
     assert torch.equal(layer(7 * x).argmax(1), layer(x).argmax(1))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_single_image_of_any_class_count(name: str) -> None:
-    network = build_network(name, classes=10, width=0.25, depth=0.25).eval()
-    cosines = network(torch.randn(1, 3, 32, 32))
-    assert cosines.shape == (1, 10) and cosines.abs().max() <= 1
-
-
 def test_channels_last_all_the_way() -> None:
-    network = build_network("efficientnet_ex", width=0.25, depth=0.25)
-    strides: list[bool] = []
+    network, last = build_network("efficientnet_ex", width=0.25, depth=0.25), []
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_hook(
-                lambda m, x, y: strides.append(y.is_contiguous(memory_format=torch.channels_last))
+                lambda m, x, y: last.append(y.is_contiguous(memory_format=torch.channels_last))
             )
     network(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
-    assert strides and all(strides)
+    assert last and all(last)
 
 
 def test_autocast_keeps_cosines_in_float32() -> None:

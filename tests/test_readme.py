@@ -46,15 +46,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = WIDE | {"VIRTUAL_ENV": sys.prefix}  # for uv
-    return subprocess.run(
-        arguments(command),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
+    options = dict(cwd=folder, env=environment, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    return subprocess.run(arguments(command), **options)
 
 
 def test_the_list_of_commands_is_complete() -> None:

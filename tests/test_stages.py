@@ -8,22 +8,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, WIDE, invoke, program
 
-from micronet import Misconfigured, Schedule, Stage, learning_rate, load_stages, with_teachers
+from micronet import Schedule, Stage, learning_rate, load_stages, with_teachers
 
 
 def test_stages_toml_is_the_published_recipe() -> None:
     stages = load_stages(ROOT / "stages.toml")
     common = dict(
-        dataset="cifar100",
-        views=("jitter", "jitter-crop", "crop"),
-        batch_size=128,
-        epochs=70,
-        lr=((25, 0.07), (50, 0.007), (65, 0.0007), (70, 0.00007)),
-        momentum=0.9,
-        weight_decay=1e-4,
-        scale=5.0,
-        margin=0.0,
-    )
+        dataset="cifar100", views=("jitter", "jitter-crop", "crop"), batch_size=128, epochs=70,
+        lr=((25, 0.07), (50, 0.007), (65, 0.0007), (70, 0.00007)), momentum=0.9, weight_decay=1e-4,
+        scale=5.0, margin=0.0,
+    )  # fmt: skip
     b3, b0, ex, exx = (f"efficientnet_{name}" for name in ("b3", "b0", "ex", "exx"))
     assert list(stages.values()) == [
         Stage("b3", network=b3, stochastic_depth=0.2, **common),
@@ -33,6 +27,9 @@ def test_stages_toml_is_the_published_recipe() -> None:
         Stage("exx", network=exx, teacher="b0", **common),
     ]
     assert stages["ex"].steps_per_epoch == 1172  # 150,000 images
+    rates = [learning_rate(stages["b3"], epoch * 1172) for epoch in range(70)]
+    assert rates == [0.07] * 25 + [0.007] * 25 + [0.0007] * 15 + [0.00007] * 5
+    assert learning_rate(stages["b3"], 25 * 1172 - 1) == 0.07
 
 
 def test_a_stage_overrides_the_defaults(write: Callable[..., Path]) -> None:
@@ -41,34 +38,21 @@ def test_a_stage_overrides_the_defaults(write: Callable[..., Path]) -> None:
     assert (stage.epochs, stage.scale, stage.batch_size) == (4, 3.0, 128)
 
 
-def test_published_rates() -> None:
-    stage = load_stages(ROOT / "stages.toml")["b3"]
-    rates = [learning_rate(stage, epoch * 1172) for epoch in range(70)]
-    assert rates == [0.07] * 25 + [0.007] * 25 + [0.0007] * 15 + [0.00007] * 5
-    assert learning_rate(stage, 25 * 1172 - 1) == 0.07
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
 def test_schedules_against_their_formula(schedule: str) -> None:
+    """Over ten epochs of ten steps; a warm-up may be a fraction of an epoch."""
     stage = Stage(
-        "s", network="efficientnet_b0", dataset="synthetic", train_images=100, views=("jitter",), batch_size=10,
-        epochs=10, lr=Schedule(schedule, 0.2, 2),
-    )  # fmt: skip
+        "s", network="efficientnet_b0", dataset="synthetic", train_images=100, views=("jitter",), batch_size=10
+    )
+    stage = replace(stage, epochs=10, lr=Schedule(schedule, 0.2, 2))
     rates = [learning_rate(stage, step) for step in range(100)]
     assert rates[:20] == pytest.approx([0.01 * (step + 1) for step in range(20)])
     for step in range(20, 100):
         d = (step - 20) / 80
         expected = 0.1 * (1 + math.cos(math.pi * d)) if schedule == "cosine" else 0.2 * (1 - d)
         assert rates[step] == pytest.approx(expected)
-    assert rates[19] == rates[20] == 0.2
-    assert 0 < rates[-1] < 0.003
-
-
-def test_warm_up_may_be_a_fraction_of_an_epoch() -> None:
-    stage = Stage(
-        "s", network="efficientnet_b0", dataset="synthetic", train_images=30, views=("jitter",), batch_size=10
-    )
-    stage = replace(stage, epochs=2, lr=Schedule("cosine", 1.0, 0.5))
+    assert rates[19] == rates[20] == 0.2 and 0 < rates[-1] < 0.003
+    stage = replace(stage, lr=Schedule(schedule, 1.0, 0.15))
     assert [learning_rate(stage, step) for step in (0, 1)] == pytest.approx([1 / 1.5, 1.0])
 
 
@@ -98,63 +82,47 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + "epoch = 3": 'stage a: "epoch": unknown key; accepted: network, width',
     "[defaults]\nepoch = 3\n" + GOOD: '[defaults]: "epoch": unknown key',
     GOOD + "epochs = 0": "stage a: epochs = 0: expected a whole number from 1 to 10,000",
-    GOOD + "epochs = true": "stage a: epochs = true: expected a whole number",
-    GOOD + 'epochs = "70"': 'stage a: epochs = "70": expected a whole number',
-    GOOD + "epochs = 1.5": "stage a: epochs = 1.5: expected a whole number",
     GOOD + "epochs = 71": "stage a: lr = [[25, 0.07], [50, 0.007], [65, 0.0007], [70, 7e-05]]: expected rates up to",
-    GOOD + "lr = -0.1": "stage a: lr = -0.1: expected [[last epoch, rate], ...]",
-    GOOD + "lr = [[70, -0.1]]": "stage a: lr = [[70, -0.1]]: expected",
     GOOD + "lr = [[70, nan]]": "stage a: lr = [[70, NaN]]: expected",
-    GOOD + "lr = [[70, 0.1], [70, 0.01]]": "stage a: lr = [[70, 0.1], [70, 0.01]]: expected",
     GOOD + 'lr = { schedule = "step", peak = 1 }': "stage a: lr = ",
     GOOD + 'lr = { schedule = "cosine" }': "stage a: lr = ",
     GOOD + 'lr = { schedule = "cosine", peak = 1, warmup_epochs = 70 }': "lr.warmup_epochs = 70.0: expected less than",
-    GOOD + "momentum = 1": "stage a: momentum = 1: expected a number from 0 to below 1",
-    GOOD + "weight_decay = -1e-4": "stage a: weight_decay = -0.0001: expected a number from 0 to 1",
-    GOOD + "weight_decay = nan": "stage a: weight_decay = NaN: expected a number from 0 to 1",
-    GOOD + "scale = 0": "stage a: scale = 0: expected a number above 0",
     GOOD + "scale = inf": "stage a: scale = Infinity: expected a number above 0",
     GOOD + f"scale = {10**400}": "stage a: scale = 1000",
-    GOOD + "margin = -1": "stage a: margin = -1: expected",
-    GOOD + "stochastic_depth = 1": "stage a: stochastic_depth = 1: expected",
-    GOOD + "width = 0": "stage a: width = 0: expected",
     GOOD + "views = []": "stage a: views = []: expected a list of one or more of jitter, jitter-crop, crop",
-    GOOD + 'views = ["crop", "crop"]': 'stage a: views = ["crop", "crop"]: expected',
-    GOOD + 'views = "crop"': 'stage a: views = "crop": expected a list',
     GOOD + 'dataset = "imagenet"': 'stage a: dataset = "imagenet": expected one of cifar100, synthetic',
     GOOD + "train_images = 50001": "stage a: train_images = 50001: expected at most 50000",
     GOOD + "test_images = 10001": "stage a: test_images = 10001: expected at most 10000",
     GOOD + "train_images = 100": "stage a: batch_size = 128: expected at most the 100 training images",
     GOOD + "batch_size = 50001": "stage a: batch_size = 50001: expected at most the 50000 training images",
-    GOOD + "seed = -1": "stage a: seed = -1: expected",
     GOOD + 'teacher = "b"': 'stage a: teacher = "b": expected another stage (there is none) or the path of a checkpoint',
     GOOD + 'teacher = "a"': 'stage a: teacher = "a": expected no cycle, but it goes a -> a',
     GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "efficientnet_b0"\nteacher = "a"': "a -> b -> a",
     GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\nscale = 6': "stage b: scale = 6.0: expected its teacher's, 5.0",
     GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\ndataset = "synthetic"': "its teacher's 100 classes, not 10",
 }  # fmt: skip
+UNACCEPTABLE = """epochs = true | epochs = "70" | epochs = 1.5 | lr = -0.1 | lr = [[70, -0.1]] | lr = [[70, 0.1], [70, 0.01]]
+momentum = 1 | weight_decay = -0.1 | scale = 0 | margin = -1 | stochastic_depth = 1 | width = 0 | depth = 0 | seed = -1
+views = ["crop", "crop"] | views = "crop" """
+for line in UNACCEPTABLE.replace("\n", " | ").split(" | "):
+    MISTAKES[GOOD + line] = f"stage a: {line.strip()}: expected "
 
 
 @pytest.mark.parametrize("text", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(text: str, write: Callable[..., Path]) -> None:
-    path = write(text)
-    result = invoke("run-stage", "a", "--stages", path)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {path}: ")
-    assert MISTAKES[text] in result.stderr
-    assert result.output.count("\n") == 1
+    result = invoke("run-stage", "a", "--stages", path := write(text))
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: {path}: ") and MISTAKES[text] in result.stderr
 
 
-def test_a_file_that_is_not_there_or_no_text(write: Callable[..., Path], tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.toml", tmp_path):
-        assert invoke("chain", "--stages", path).exit_code == 2
-    binary = tmp_path / "binary.toml"
-    binary.write_bytes(bytes(range(256)))
-    with pytest.raises(Misconfigured, match="not valid TOML"):
-        load_stages(binary)
+def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    (binary := tmp_path / "binary.toml").write_bytes(bytes(range(256)))
+    for path, message in ((tmp_path / "missing.toml", "No such"), (tmp_path, "not a file"), (binary, "not valid TOML")):
+        result = invoke("chain", "--stages", path)
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: {path}: {message}")
 
 
-@pytest.mark.parametrize("command", ["run-stage", "chain"])
+@pytest.mark.parametrize("command", ["run-stage", "chain", "bench"])
 def test_an_unknown_stage_is_named(command: str, write: Callable[..., Path]) -> None:
     result = invoke(command, "third", "--stages", write())
     assert (result.exit_code, result.stderr) == (2, 'error: "third": no such stage; there are first, second\n')
