@@ -38,6 +38,14 @@ Dimensions in shape comments: N batch, C channels, H height, W width, K classes,
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # before anything that takes time: a signal ends the program, and not with a traceback
+    for _signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_signum) != signal.SIG_IGN:  # nohup ... &
+            signal.signal(_signum, lambda signum, frame: sys.exit(128 + signum))
+
 import copy
 import ctypes
 import errno
@@ -46,7 +54,7 @@ import functools
 import gc
 import glob
 import hashlib
-import importlib
+import importlib.machinery
 import importlib.util
 import io
 import itertools
@@ -60,17 +68,17 @@ import re
 import resource
 import select
 import shutil
-import signal
+import socket
 import statistics
 import struct
 import subprocess
-import sys
+import threading
 import time
 import tomllib
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -134,6 +142,11 @@ class Locked(Failure):  # another process trains the stage
 
 class Stopped(Failure):  # between two steps, by a signal or by the end of the process that started this one
     exit_code = 128 + signal.SIGTERM
+
+
+def in_words(error: Exception) -> str:
+    """Say what an error says, a system call's with the file first."""
+    return f"{error.filename or 'i/o'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 # ------------------------------------------------------------------------------------------------------------ Stages
@@ -299,14 +312,14 @@ class Stage:
 KEYS = {f.name: f.metadata["accepts"] for f in fields(Stage) if f.metadata}
 
 
-def load_stages(path: Path) -> dict[str, Stage]:
-    """Read and check the stages of a TOML file, by name and in the file's order.
+def load_stages(path: Path, seed: int | None = None) -> dict[str, Stage]:
+    """Read and check the stages of a TOML file, by name and in the file's order, with another seed if that is given.
 
     Raises Misconfigured with one line that names file, stage, key, what stands there and what is accepted.
     """
     try:
         with open_regular(path) as file:
-            text = file.read(2**16 + 1).decode()
+            text = file.read(2**16 + 1).decode("utf-8-sig")  # editors on Windows begin with a mark
         if len(text) > 2**16 or any(line.count(".") > 64 for line in text.splitlines()):
             raise ValueError("more than 64 KiB, or a line with more than 64 dots")  # which take the parser minutes
         document = tomllib.loads(text)
@@ -323,7 +336,7 @@ def load_stages(path: Path) -> dict[str, Stage]:
     stages = {name: stage_from(f"{path}: stage {name}", name, table, defaults) for name, table in tables.items()}
     for stage in stages.values():
         check_teacher(path, stage, stages)
-    return stages
+    return stages if seed is None else {name: replace(stage, seed=seed) for name, stage in stages.items()}
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -431,10 +444,6 @@ def with_teachers(stages: dict[str, Stage], names: Collection[str]) -> list[Stag
     return list(order.values())
 
 
-def with_seed(stage: Stage, seed: int | None) -> Stage:
-    return stage if seed is None else replace(stage, seed=seed)
-
-
 def learning_rate(stage: Stage, step: int) -> float:
     """Return the rate of optimiser step `step`, counted from 0 over the whole stage.
 
@@ -507,7 +516,8 @@ def load_images(stage: Stage, data: Path, train: bool) -> Images:
         try:
             dataset = CIFAR100(data, train=train)
         except RuntimeError:  # not there, or its MD5 does not match
-            dataset = CIFAR100(data, train=train, download=True)
+            download(CIFAR100, data, "169 MB")
+            dataset = CIFAR100(data, train=train)
     except (RuntimeError, OSError) as error:
         folder, meta = data / CIFAR100.base_folder, CIFAR100.meta
         files = [*CIFAR100.train_list, *CIFAR100.test_list, (meta["filename"], meta["md5"])]
@@ -519,6 +529,26 @@ def load_images(stage: Stage, data: Path, train: bool) -> Images:
         ) from None
     pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.tensor(dataset.targets[:n]), dataset.classes)
+
+
+def download(dataset: type, data: Path, size: str) -> None:
+    """Have torchvision download a data set, unless another process has just done so; raises RuntimeError or OSError."""
+    data.mkdir(parents=True, exist_ok=True)
+    with open(data / ".download.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # as long as another one downloads
+        with suppress(RuntimeError):
+            dataset(data)
+            return
+        print(f"downloading {dataset.__name__}, {size}, from {dataset.url} to {data}", file=sys.stderr, flush=True)
+        bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # else some lines a second
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds without a byte
+        try:
+            with bar:
+                dataset(data, download=True)
+        finally:
+            socket.setdefaulttimeout(patience)
+        print(f"{dataset.__name__} is in {data}", file=sys.stderr, flush=True)
 
 
 # Shapes by u and v, the coordinates from a shape's centre in units of its half size, each its own mirror image.
@@ -1102,7 +1132,7 @@ def total_cost(costs: Collection[Cost]) -> Cost:
 # ------------------------------------------------------------------------------------------------------------- Files
 # A checkpoint in and out: safetensors whose one metadata key is sorted JSON, an object with the fields of `Metadata`.
 
-FORMAT = 2
+FORMAT = 3
 MOMENTUM = "momentum."  # before a parameter's name: its momentum
 HEADER = re.compile(rb'(?<=\\"header\\": \\")[0-9a-f]{64}(?=\\")')  # in the bytes of a file's header: its own digest
 
@@ -1147,7 +1177,9 @@ class Facts(NamedTuple):
 
     device: str
     processes: int
+    accumulation: int  # forward passes a step
     threads: int
+    instructions: str  # of the processor, as far as torch uses them
     precision: str
     compile: str | None  # the back end
     versions: dict[str, str]
@@ -1775,7 +1807,7 @@ def locked(stage: Stage, ckpt: Path) -> Iterator[Callable[[Metadata | None], Non
             raise
         except Exception as error:
             with suppress(OSError):  # on a full disk, say
-                rewrite(file, f"{FAILED}{error}"[:500])
+                rewrite(file, f"{FAILED}{in_words(error)}"[:500])
             raise
 
 
@@ -1785,7 +1817,7 @@ def rewrite(file: TextIO, text: str) -> None:
     Past its buffer, which would be written again when the file is closed, with an error that does not name it.
     """
     file.truncate(0)
-    os.write(file.fileno(), text.encode())
+    os.write(file.fileno(), text.encode(errors="replace"))
 
 
 def failures(ckpt: Path) -> dict[str, str]:
@@ -1877,7 +1909,7 @@ class Shipped(nn.Module):
 EXPORTS = (".safetensors", ".onnx", ".pt2")
 
 
-def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
+def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch) -> dict[str, Any]:
     """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
 
     On the test images where they are at hand, on random images where not. Raises Failure, and then writes nothing.
@@ -1891,7 +1923,7 @@ def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
     stage, cost = about.stage, total_cost(layer_costs(folded, "official").values())
     rounded = copy.deepcopy(folded).half().float()
     images, on = images_at_hand(stage, data)
-    before, ours, predicted = (outputs(path, n, images) for n in (network, folded, rounded))
+    before, ours, predicted = (outputs(path, n, images, watch) for n in (network, folded, rounded))
 
     def top1(cosines: Tensor) -> float | None:
         hits = int((cosines.argmax(1) == images.labels).sum())
@@ -1900,7 +1932,7 @@ def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
     origin = Origin(path.name, about.tensors, top1(predicted))
     explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
     content, computes = export_network(out, folded, explained)
-    after = outputs(out, computes, images)
+    after = outputs(out, computes, images, watch)
     write_output(out, content)
     return {
         "file": str(out),
@@ -1917,10 +1949,10 @@ def export_checkpoint(path: Path, out: Path, data: Path) -> dict[str, Any]:
     }
 
 
-def outputs(path: Path, network: Callable[[Tensor], Tensor], images: Images) -> Tensor:  # (N, K)
+def outputs(path: Path, network: Callable[[Tensor], Tensor], images: Images, watch: Watch) -> Tensor:  # (N, K)
     """Return what a network makes of images; raises Refused where that is not finite."""
     with torch.no_grad():
-        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels in images.pixels.split(250)])
+        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels in watch(images.pixels.split(250))])
     if not found.isfinite().all():
         raise Refused(f"{path}: its outputs are not finite, as 16-bit weights or before: expected finite ones")
     return found
@@ -2279,12 +2311,17 @@ class Accuracy(NamedTuple):
     loss: float  # mean cross-entropy of softmax(scale * cosines) against the true labels
 
 
-def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
+Watch = Callable[[Collection[Any]], Iterable[Any]]  # shows how far a loop over something has come
+
+
+def evaluate(
+    network: nn.Module, images: Images, scale: float, watch: Watch = iter
+) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
     """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
     totals = torch.zeros(3, device=images.labels.device)
     network.eval()
     with torch.no_grad():
-        for pixels, labels in zip(images.pixels.split(250), images.labels.split(250)):
+        for pixels, labels in watch(list(zip(images.pixels.split(250), images.labels.split(250)))):
             cosines = network(normalize(pixels.float() / 255))
             hits = cosines.topk(5).indices == labels[:, None]  # (N, 5)
             loss = F.cross_entropy(scale * cosines, labels, reduction="sum")
@@ -2298,7 +2335,7 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
 
 
-def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, data: Path, precision: Precision, watch: Watch) -> dict[str, Any]:
     """Return how a checkpoint does, on a GPU if there is one; raises Refused."""
     tensors, about = load_checkpoint(path)
     stage, network = about.stage, network_from(path, tensors, about)
@@ -2306,7 +2343,7 @@ def evaluate_checkpoint(path: Path, data: Path, precision: Precision) -> dict[st
     images = load_images(stage, data, train=False).to(device)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
-        tested = accuracy(evaluate(network.to(device), images, stage.scale), stage.test_size)
+        tested = accuracy(evaluate(network.to(device), images, stage.scale, watch), stage.test_size)
     if not math.isfinite(tested.loss):
         raise Refused(f"{path}: its outputs in {precision} are not finite: expected finite ones")
     if about.exported:  # its outputs are no cosines, so that a loss of them has no meaning
@@ -2354,8 +2391,15 @@ def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_d
 
 
 def is_launched() -> bool:
-    """Tell whether `accelerate launch` started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Tell whether `accelerate launch` or torchrun started this process: any variable of theirs may be the user's."""
+    with suppress(OSError):
+        command = Path("/proc", str(os.getppid()), "cmdline").read_text(errors="replace").split("\0")
+        modules = ("accelerate.commands.", "torch.distributed.")
+        return any(Path(word).name in LAUNCHERS or word.startswith(modules) for word in command)
+    return False
+
+
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 
 
 def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, state: State | None) -> Run:
@@ -2367,8 +2411,7 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, sta
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
     teacher, taught_by = load_teacher(stage, ckpt, state)
-    with accelerator.local_main_process_first():  # which downloads for all
-        train, test = (load_images(stage, data, part) for part in (True, False))
+    train, test = (load_images(stage, data, part) for part in (True, False))  # one process downloads, see `download`
 
     run = new_run(stage, accelerator, train, test)
     run.teacher, run.taught_by = place_teacher(teacher, accelerator) if teacher else None, taught_by
@@ -2397,7 +2440,7 @@ def go_on(run: Run, folder: Path, state: State) -> None:
 
 def environment_changes(kept: Metadata, facts: Facts) -> list[str]:
     """Say what has changed since a stage was last at work; the result will not have the bits that it would have had."""
-    names = ("device", "processes", "threads", "precision", "compile")
+    names = ("device", "processes", "accumulation", "threads", "instructions", "precision", "compile")
     pairs = [(name, getattr(kept.facts, name), getattr(facts, name)) for name in names]
     pairs.append(("torch", kept.facts.versions.get("torch"), facts.versions["torch"]))
     return [
@@ -2505,7 +2548,9 @@ def run_facts(accelerator: Accelerator) -> Facts:
     return Facts(
         device=gpu or f"{device.type.upper()} ({platform.machine()})",
         processes=accelerator.num_processes,
+        accumulation=accelerator.gradient_accumulation_steps,
         threads=torch.get_num_threads(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
         precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         compile=None if compiled == "no" else compiled,
         versions={
@@ -2682,21 +2727,13 @@ class Dashboard(Plain):
         if self.bars:
             ended = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
             self.set(state=ended)
-            self.draw()
-        with suppress(OSError):
-            self.live.stop()
+            self.live.refresh()
+        self.live.stop()
 
     def set(self, **changes: Any) -> None:
         """Note what the stage at work has come to."""
         name = self.stage.name
         self.kept[name] = replace(self.kept.get(name, Kept(self.stage)), **changes)
-
-    def draw(self) -> None:
-        """Draw the screen anew, or never again where the terminal is gone."""
-        try:
-            self.live.refresh()
-        except OSError:
-            self.console.quiet = True
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -2706,10 +2743,10 @@ class Dashboard(Plain):
                 self.teacher = event.teacher
                 self.set(state="running", **({} if event.history else {"metadata": None}))  # --restart begins anew
                 self.bars = [Text(" the first step is under way")]
-                self.draw()
+                self.live.refresh()
             case Stepped() if time.monotonic() - self.drawn >= 0.25:
                 self.bars = self.progress(event)
-                self.draw()
+                self.live.refresh()
                 self.drawn = time.monotonic()
             case EpochDone():
                 history, best, last = (*self.kept[self.stage.name].history, event.record), event.best, event.record
@@ -2844,7 +2881,9 @@ def failure_lines(ckpt: Path, kept: list[Kept], damaged: list[str]) -> list[str]
     """Say why stages failed, those that have kept nothing included, but for what `damaged` says already."""
     states = {each.stage.name: each.state for each in kept}
     failed = {name: reason for name, reason in failures(ckpt).items() if states.get(name, "failed") == "failed"}
-    return [f"{name} failed: {reason}" for name, reason in failed.items() if reason not in damaged]
+    begun = [path.name[1:-5] for path in sorted(ckpt.glob(".*.lock")) if path.name[1:-5] not in states]
+    lines = [f"{name} is running, in its first epoch" for name in begun if is_locked(name, ckpt)]
+    return lines + [f"{name} failed: {reason}" for name, reason in failed.items() if reason not in damaged]
 
 
 def follow_stages(ckpt: Path, console: Console) -> None:
@@ -2863,16 +2902,47 @@ def follow_stages(ckpt: Path, console: Console) -> None:
             time.sleep(0.25)
 
 
+def check_said(lost: bool) -> None:
+    """Raise Unwritable where what was printed did not get to the disk, unless that may be `lost`."""
+    sys.stdout.flush()
+    error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None)
+    if error and error.errno != errno.EPIPE and not lost:
+        raise Unwritable(f"standard output: {error.strerror}")
+
+
 class Screen(Console):
-    """A console that takes text as it is, and that nobody may be reading: a closed pipe must not end a run."""
+    """A console that takes text as it is."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         # names and paths may hold what looks like markup, and characters that a terminal would obey
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # else the interpreter fails when it flushes
+
+class Outlet(io.FileIO):
+    """Standard output or error that takes what nobody reads, or what does not fit on the disk, too."""
+
+    error: OSError | None = None  # the first
+
+    def write(self, data: bytes) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            return len(data)
+
+
+def open_outlets() -> None:
+    """Make standard output and error streams that cannot fail, whoever writes on them; a closed one goes nowhere."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        stream, ours = getattr(sys, name), getattr(sys, f"__{name}__")
+        if ours is None:  # closed: else the next file that is opened, a checkpoint, say, would be what is written to
+            os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+            os.set_inheritable(fd, True)
+        if fd > 0 and stream is ours:  # not in a notebook, say
+            options = {"encoding": getattr(stream, "encoding", None), "line_buffering": True}
+            outlet = io.BufferedWriter(Outlet(fd, "w", closefd=False))
+            # a letter that the terminal's encoding lacks must not end a run either
+            setattr(sys, name, io.TextIOWrapper(outlet, errors="replace", **options))
 
 
 def new_console(**options: Any) -> Console:
@@ -2881,12 +2951,19 @@ def new_console(**options: Any) -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Screen(width=160, **options)
 
 
+def progress(what: str) -> Watch:
+    """Return what shows how far a loop has come, on a terminal, or nothing."""
+    from rich.markup import escape
+    from rich.progress import track
+
+    console = Screen(stderr=True)
+    shown = functools.partial(track, description=escape(printable(what)), console=console, transient=True)
+    return shown if console.is_terminal and console.is_interactive else iter
+
+
 def say(console: Console, line: str) -> None:
     """Print a line as it is: not wrapped, no colours for numbers."""
-    try:
-        console.print(line.replace("\n", "?"), highlight=False, soft_wrap=True)
-    except OSError:  # the disk that holds the log is full, say: what is learned matters more
-        console.quiet = True
+    console.print(line.replace("\n", "?"), highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
@@ -3100,9 +3177,7 @@ def export_table(results: list[dict[str, Any]]) -> Table:
 
 def speed_table(results: list[dict[str, Any]]) -> Table:
     """Show how fast stages train and where the time goes, a column each."""
-    table = new_table("Training speed: medians over steps", "", ", ".join("" for _ in results))
-    for column, result in zip(table.columns[1:], results):
-        column.header = result["stage"]
+    table = new_table("Training speed: medians over steps", "", [result["stage"] for result in results])
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "network": lambda r: short(r["network"]),
         "teacher": lambda r: r["teacher"] or "-",
@@ -3149,15 +3224,13 @@ def stages_as_json(kept: list[Kept]) -> list[dict[str, Any]]:
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGHUP as something that a loop can ask for, and the death of whoever started this process.
+    """SIGINT, SIGTERM and SIGHUP as something that a loop can ask for, and the death of the launcher of this process.
 
-    The first signal asks the loop to stop after its step and calls `then`. Another one, a second or more later (`uv
-    run` sends each Ctrl-C twice), ends the process at once. With a lifeline, the end of standard input asks as well:
-    `chain` holds the other end, closes it to stop its stage, and cannot die without closing it.
+    The first signal asks the loop to stop after its step and calls `then`, which may raise. Another one, a second or
+    more later (`uv run` sends each Ctrl-C twice), ends the process at once.
     """
 
-    def __init__(self, lifeline: bool = False) -> None:
-        self.lifeline = lifeline
+    def __init__(self) -> None:
         self.then: Callable[[], None] = lambda: None
         self.signum: int | None = None
 
@@ -3181,13 +3254,28 @@ class StopRequest:
             raise SystemExit(128 + signum)
 
     def made(self) -> bool:
-        """Tell whether a stop is asked for; costs two system calls."""
-        orphaned = self.launcher is not None and os.getppid() != self.launcher
-        return self.signum is not None or orphaned or self.lifeline and bool(select.select([sys.stdin], [], [], 0)[0])
+        """Tell whether a stop is asked for; costs a system call."""
+        return self.signum is not None or self.launcher not in (None, os.getppid())
 
     def stopped(self, stage: Stage, done: int) -> Stopped:
         """Return what to raise where a stop is asked for after so many epochs of a stage."""
         return Stopped(resumption(stage, done), self.signum and 128 + self.signum)
+
+
+def watch_lifeline() -> None:
+    """Ask this process to stop when something comes on standard input, and end it when the other end is closed.
+
+    `chain` holds that end: it asks by a byte, and cannot die without closing it. A process that does not stop by
+    itself within five seconds then, because it waits for another one, say, loses nothing that is kept.
+    """
+    lifeline = select.poll()
+    lifeline.register(0, select.POLLIN)
+    lifeline.poll()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # which ends its waiting for the network, too
+    lifeline.modify(0, 0)  # to wait for the end alone
+    lifeline.poll()
+    time.sleep(5)
+    os._exit(Stopped.exit_code)
 
 
 def keep_freed_memory() -> None:
@@ -3204,25 +3292,27 @@ def keep_freed_memory() -> None:
         mallopt(-2, 2**28)  # M_TOP_PAD: 256 MiB more at a time than is asked for
 
 
-def train_and_keep(
-    stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, restart: bool, lifeline: bool
-) -> None:
+def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, restart: bool) -> None:
     """Train a stage from where it stands, keep every epoch and show it, until it ends or is stopped."""
     folder = ckpt / stage.name
-    with locked(stage, ckpt) if accelerator.is_main_process else nullcontext() as check_held:  # None: another keeps it
+    with (
+        locked(stage, ckpt) if accelerator.is_main_process else nullcontext() as check_held,  # None: another keeps it
+        out_of_memory(stage),
+    ):
         state = None if restart else kept_state(stage, ckpt, whole=True)
         if state and len(state.metadata.history) >= stage.epochs:
             if check_held:
                 settle(folder, state, thorough=True)
             say(view.console, f"stage {stage.name} is finished: {best_path(folder)} (--restart trains it anew)")
             return
-        with StopRequest(lifeline) as stop, view:
+        with StopRequest() as stop, view:
+            stop.then = functools.partial(give_up, stage, state, stop)
             run = open_run(stage, data, ckpt, accelerator, state)
             if check_held:
                 run.notes += check_room(folder, run.student, anew=restart)
                 if restart and (aside := set_aside(folder)):
                     run.notes.append(f"{folder} is now {aside}")
-            accelerator.init_trackers(stage.name)
+            open_trackers(stage, accelerator)
             for event in stoppable(stage, run, stop):
                 if isinstance(event, EpochDone) and check_held:
                     check_held(run.written)
@@ -3232,11 +3322,39 @@ def train_and_keep(
     accelerator.end_training()
 
 
+def open_trackers(stage: Stage, accelerator: Accelerator) -> None:
+    """Begin to send figures where --log-with says; raises Misconfigured where that cannot be done."""
+    try:
+        accelerator.init_trackers(stage.name)
+    except Exception as error:  # of a package that this program knows nothing of: no key, no server, ...
+        raise Misconfigured(f"--log-with: {type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def out_of_memory(stage: Stage) -> Iterator[None]:
+    """Say in one line that memory does not suffice, on a GPU or a CPU; raises Failure."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is the latter, as is what the CPU's says
+        if not re.search("out of memory|allocate memory|bad_alloc", f"{error!r}") and type(error) is not MemoryError:
+            raise
+        raise Failure(
+            f"stage {stage.name}: out of memory with batch_size = {stage.batch_size}: lower it, or use more processes"
+        ) from None
+
+
+def give_up(stage: Stage, state: State | None, stop: StopRequest) -> None:
+    """Stop a stage at once, before its first step, where nothing is at stake: raises Stopped."""
+    raise stop.stopped(stage, len(state.metadata.history) if state else 0)
+
+
 def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
     """Train a stage until a stop is asked for; then raise Stopped, between two steps."""
     try:
         for event in train_stage(stage, run):
             yield event
+            if isinstance(event, Stepped):
+                stop.then = lambda: None
             if stop.made() and len(run.history) < stage.epochs:  # a finished stage has nothing to stop
                 raise stop.stopped(stage, len(run.history))
     except RuntimeError:  # a collective operation fails when another process has stopped one step earlier
@@ -3257,25 +3375,87 @@ class Launch(NamedTuple):
     environment: dict[str, str]
 
 
+DECIDED = re.compile(  # by the launch: what another one has left in the environment is not for this one
+    "RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_.*|"
+    "ACCELERATE_(?!GRADIENT_ACCUMULATION_STEPS|LOG_LEVEL).*"
+)
+TRUTH = Accepts(lambda v: v if type(v) is bool else None, lambda: "true or false")
+NONE = Accepts(lambda v: None if v else True, lambda: "none: only plain data parallelism is supported")
+LAUNCH_KEYS: dict[str, Accepts] = {  # of a launch configuration: what can be honoured
+    "compute_environment": one_of(lambda: ["LOCAL_MACHINE"]),
+    "distributed_type": one_of(lambda: ["NO", "MULTI_GPU", "MULTI_CPU"]),
+    "num_machines": whole(1, 1),
+    "machine_rank": whole(0, 0),
+    "num_processes": whole(1, 1024),
+    "main_process_port": whole(0, 65535),
+    "mixed_precision": one_of(lambda: ["no", "bf16", "fp16"]),
+    "gpu_ids": Accepts(lambda v: re.fullmatch(r"all|\d+(,\d+)*", str(v)), lambda: "all, or numbers in quotes"),
+    "dynamo_mode": one_of(lambda: ["default", "reduce-overhead", "max-autotune"]),
+    **dict.fromkeys(["use_cpu", "debug", "enable_cpu_affinity", "same_network"], TRUTH),
+    **dict.fromkeys(["dynamo_use_fullgraph", "dynamo_use_dynamic", "dynamo_use_regional_compilation"], TRUTH),
+    **dict.fromkeys([f"{name}_config" for name in ("deepspeed", "fsdp", "megatron_lm", "parallelism", "fp8")], NONE),
+}
+
+
+def read_launch(config_file: Path) -> Any:
+    """Return accelerate's view of a launch configuration; raises Misconfigured unless all of it can be honoured."""
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DynamoBackend
+
+    backends = one_of(lambda: [name for backend in DynamoBackend for name in (backend.value, backend.value.lower())])
+    try:
+        with open_regular(config_file) as file:
+            table = yaml.safe_load(file.read(2**16))
+        if not isinstance(table, dict):
+            raise ValueError("not a table of keys")
+        if table.get("distributed_type") is False:  # what YAML takes NO for
+            table["distributed_type"] = "NO"
+        if table.get("main_process_port", 0) is None:
+            del table["main_process_port"]
+        dynamo = table.pop("dynamo_config", None) or {}
+        if not isinstance(dynamo, dict):
+            raise unacceptable(f"{config_file}", "dynamo_config", dynamo, "a table")
+        for name, value in (table | dynamo).items():
+            accepts = backends if name == "dynamo_backend" else LAUNCH_KEYS.get(name)
+            if accepts and accepts.parse(value) is None:
+                raise unacceptable(f"{config_file}", name, value, accepts.words())
+        config = load_config_from_file(str(config_file))
+        if config.num_processes < 1:
+            raise ValueError("num_processes is missing")
+        return config
+    except OSError as error:
+        raise Misconfigured(f"{config_file}: {error.strerror or error}; expected accelerate's configuration") from None
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
+
+
+def usable_cores(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many cores this process may use, by its affinity and by the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError, TypeError):  # no control groups, or none with a quota ("max")
+        group = groups / re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE)[1]
+        for folder in (group, *group.parents):
+            if (limit := folder / "cpu.max").is_file() and (quota := limit.read_text().split())[0] != "max":
+                cores = min(cores, math.ceil(int(quota[0]) / int(quota[1])))
+    return max(1, cores)
+
+
 def plan_launch(config_file: Path, console: Console) -> Launch:
     """Return the `accelerate launch` that trains on what is here, as near to the configuration as that allows.
 
     Says so in one line where there are fewer GPUs than it asks for. Raises Misconfigured.
     """
     import torch
-    import yaml
-    from accelerate.commands.config.config_args import load_config_from_file
 
-    if not config_file.is_file():
-        raise Misconfigured(f"{config_file}: no such file; expected a launch configuration of accelerate")
-    try:
-        config = load_config_from_file(str(config_file))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
-    if config.num_machines != 1:
-        raise Misconfigured(f"{config_file}: num_machines = {config.num_machines}: expected 1")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config_file)]
-    environment, processes, gpus = {}, config.num_processes, torch.cuda.device_count()
+    config = read_launch(config_file)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+    environment = {name: value for name, value in os.environ.items() if not DECIDED.fullmatch(name)}
+    environment["PYTHONSAFEPATH"] = "1"  # what lies in the current folder is not imported in place of a package
+    threads = environment.pop("OMP_NUM_THREADS", "")
+    if threads and not re.fullmatch(r" *[1-9]\d{0,3} *(, *[1-9]\d{0,3} *)*", threads):
+        raise Misconfigured(f"OMP_NUM_THREADS = {shown(threads)}: expected a whole number of 1 or more, or none")
+    processes, gpus = config.num_processes, torch.cuda.device_count()
     wanted = f"{config_file} asks for {count(processes, 'GPU')}, this machine has"
     if config.use_cpu and processes > 1:  # accelerate's launcher alone would start a single process
         command += ["--multi_gpu"]
@@ -3288,54 +3468,132 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
         say(console, f"{wanted} {gpus}: training on {gpus}, with the same batch size")
         command += ["--num_processes", str(gpus)]
     if config.use_cpu or gpus == 0:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+        threads = threads or str(max(1, usable_cores() // processes))
         # threads that wait would hold their cores: beside another program a step would take many times as long
-        environment["GOMP_SPINCOUNT"] = "1000"
-    return Launch(command, environment | os.environ)
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    if threads:
+        environment["OMP_NUM_THREADS"] = threads.split(",")[0].strip()  # of a list, that of the outermost level
+    return Launch(command, environment)
 
 
 def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, stop: StopRequest) -> None:
     """Train a stage in processes of its own; raises Stopped where that is asked for, Failure unless it ends finished.
 
-    The stage draws on the terminal itself. Its errors pass through here, so that what the launcher adds to the first
-    one can be left out; that pipe ends when the last process of the stage is gone.
+    The stage draws on the terminal itself. Its errors pass through here, so that what comes with a failure can be told
+    in a line and kept; that pipe ends when the last process of the stage is gone.
     """
     if stop.made():
         raise stop.stopped(stage, len(read_kept(stage, ckpt).history))
-    command = [*launch.command, __file__, "run-stage", stage.name, *options, "--lifeline"]
+    command = [*launch.command, os.path.abspath(__file__), "run-stage", stage.name, *options, "--lifeline"]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     # a session of its own, as Ctrl-C is for this process alone: the launcher would die of it with a traceback
     child = subprocess.Popen(command, env=launch.environment, start_new_session=True, **pipes)
-    stop.then = child.stdin.close
+
+    def ask() -> None:
+        with suppress(OSError):  # it has just ended
+            os.write(child.stdin.fileno(), b"\n")
+
+    stop.then = ask
     if stop.made():  # since it was asked above
-        child.stdin.close()
-    code, reason = Failure.exit_code, ""
-    for line in child.stderr:
-        if error := re.match(r"error (\d+): (.*)", line):
-            code, reason = (code, reason) if reason else (int(error[1]), error[2])
-        elif not reason and stop.signum is None:
-            sys.stderr.write(line)
-    child.wait()
+        ask()
+    said: list[tuple[int, str]] = []  # exit codes and lines of this program
+    trouble: list[str] = []  # what others have written, from the first sign of a failure on
+    with pausing(child.pid):
+        for line in child.stderr:
+            if error := re.match(r"error (\d+): (.*)", line):
+                said.append((int(error[1]), error[2]))
+            elif trouble or TROUBLE.match(line):
+                trouble.append(line)
+            elif stop.signum is None:
+                sys.stderr.write(line)
+        child.wait()
     kept = read_kept(stage, ckpt)
-    if code == Failure.exit_code and not reason and kept.is_finished:
-        return
-    if stop.signum is not None:
+    if stop.signum is not None and not kept.is_finished:
         raise stop.stopped(stage, len(kept.history))
-    silent = f"a process ended without a word: killed, perhaps, for want of memory (exit code {child.returncode})"
-    failure = f"stage {stage.name} failed: {reason or silent}"
-    if code not in (Misconfigured.exit_code, Refused.exit_code):  # which the same command would meet again
+    if kept.is_finished and not said:
+        return sys.stderr.writelines(trouble)
+    code, reason = explain_failure(said, trouble, child.returncode)
+    ours = (code, reason) in said
+    if trouble and not ours:
+        with suppress(OSError):  # on a full disk, say
+            (ckpt / stage.name).mkdir(parents=True, exist_ok=True)
+            (ckpt / stage.name / "error.log").write_text("".join(trouble), errors="replace")
+            reason += f" (all of it in {ckpt / stage.name / 'error.log'})"
+    failure = f"stage {stage.name} failed: {reason}"
+    if not ours or code not in [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite)]:  # met again
         failure += f"; {resumption(stage, len(kept.history))}"
     raise Failure(failure, code)
 
 
+TROUBLE = re.compile(r"(\[rank\d+\]: ?)?Traceback \(most|[WE]\d{4} \d\d:\d\d|Fatal Python error|terminate called")
+
+
+def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode: int) -> tuple[int, str]:
+    """Return an exit code and in one line why a launched stage has failed, from what its processes wrote.
+
+    A process that another one's death stops says so, too: that counts for least.
+    """
+    text = "".join(trouble)
+    own = [each for each in said if each[0] != Stopped.exit_code]
+    if own:
+        return own[0]
+    if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", text):
+        return Failure.exit_code, "a process was killed (SIGKILL), perhaps for want of memory"
+    raised = re.findall(r"^(\[rank\d+\]: ?)?(?!Traceback)((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
+    raised = [
+        (rank, error) for rank, error in raised if not re.match(r"subprocess\.Called|torch\.distributed\.", error)
+    ]
+    if raised:
+        return Failure.exit_code, [error for rank, error in raised if rank == raised[0][0]][-1]
+    if said:
+        return Stopped.exit_code, "stopped by a signal"
+    signals = re.findall(r"SIG[A-Z]+", text)
+    return Failure.exit_code, f"ended by {signals[0]}" if signals else f"ended without a word, exit code {returncode}"
+
+
+@contextmanager
+def pausing(launcher: int) -> Iterator[None]:
+    """Have Ctrl-Z, and what goes on afterwards, reach all processes of a stage, which are not in this one's session."""
+
+    def pause(signum: int, frame: object) -> None:
+        family = [launcher, *descendants(launcher)]
+        for pid in family:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h\n")  # the shell needs the cursor that a stage's screen hides
+            sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for pid in family:  # from here on after SIGCONT
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    before = signal.signal(signal.SIGTSTP, pause)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that a process has started, those that they have, and so on."""
+    found: list[int] = []
+    with suppress(OSError):  # it has ended meanwhile
+        for task in Path("/proc", str(pid), "task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
 def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, Any]:
     """Measure a stage in processes of its own; raises Failure with its error."""
-    command = [*launch.command, __file__, "bench-stage", stage.name, *options]
+    command = [*launch.command, os.path.abspath(__file__), "bench-stage", stage.name, *options]
     result = subprocess.run(command, env=launch.environment, capture_output=True, text=True, errors="replace")
     if result.returncode:
         errors = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
-        raise Failure(errors[0] if errors else f"stage {stage.name}: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+        reason = explain_failure([], [result.stderr], result.returncode)[1]
+        raise Failure(errors[0] if errors else f"stage {stage.name}: {reason}")
+    return json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
 
 
 # ---------------------------------------------------------------------------------------------------------- Commands
@@ -3375,20 +3633,28 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                 if __name__ != "__main__" or not computes:
                     if computes:
                         keep_freed_memory()
-                    return function(**options)
+                        if not os.environ.get("OMP_NUM_THREADS"):
+                            torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+                    function(**options)
+                    return check_said(lost="lifeline" in options or "config_file" in options)
                 if "stages" in options:
                     load_stages(options["stages"])
-            except BrokenPipeError:  # `| head -1`
-                raise
+                if options.get("lifeline"):
+                    threading.Thread(target=watch_lifeline, daemon=True).start()
             except (Failure, OSError) as error:
                 if isinstance(error, OSError):
-                    error = Unwritable(f"{error.filename or 'i/o'}: {error.strerror or error}")
-                code = f" {error.exit_code}" if options.get("lifeline") else ""  # for `launch_stage`
-                prefix = "" if isinstance(error, Stopped) else f"error{code}: "
+                    error = Unwritable(in_words(error))
+                prefix = "" if isinstance(error, Stopped) else "error: "
+                if options.get("lifeline"):  # for `launch_stage`
+                    prefix = f"error {error.exit_code}: "
                 say(Screen(stderr=True), prefix + " ".join(str(error).split()))
                 raise typer.Exit(error.exit_code) from None
             gc.disable()  # looking for garbage takes a tenth of the time that torch takes to import
-            module = importlib.import_module("micronet")
+            # this very file, whatever it is called and whatever else is called micronet
+            loader = importlib.machinery.SourceFileLoader("micronet", os.path.abspath(__file__))
+            module = importlib.util.module_from_spec(importlib.util.spec_from_loader("micronet", loader))
+            sys.modules["micronet"] = module
+            loader.exec_module(module)
             gc.enable()
             getattr(module, function.__name__)(**options)
 
@@ -3399,11 +3665,10 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
 
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    open_outlets()
     if version:
         typer.echo(f"micronet {__version__}")
         raise typer.Exit()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may be closed
-        stream.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks must not end a run
 
 
 @command("run-stage", computes=True)
@@ -3423,13 +3688,13 @@ def run_stage(
 
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
-    every = {other.name: with_seed(other, seed) for other in load_stages(stages).values()}
+    every = load_stages(stages, seed)
     stage = find_stage(every, name)
     accelerator = open_accelerator(timeout, log_with, ckpt)
     console = new_console(quiet=not accelerator.is_main_process)
     others = [find_stage(every, other) for other in among] if among else with_teachers(every, [name])
     view = choose_view(console, [read_kept(other, ckpt, strict=False) for other in others], stays=among is None)
-    train_and_keep(stage, data, ckpt, accelerator, view, restart, lifeline)
+    train_and_keep(stage, data, ckpt, accelerator, view, restart)
 
 
 @command("chain", computes=False)
@@ -3448,7 +3713,7 @@ def chain(
 
     Example: micronet.py chain ex exx
     """
-    every = {stage.name: with_seed(stage, seed) for stage in load_stages(stages).values()}
+    every = load_stages(stages, seed)
     todo = kept_chain(every, names or list(every), ckpt)
     left = {each.stage.name: each.stage for each in todo if not is_settled(each, ckpt)}
     for stage in left.values():
@@ -3467,8 +3732,9 @@ def chain(
         launch = plan_launch(config_file, console) if left else None
         try:
             for name, stage in left.items():
-                if with_seed(find_stage(load_stages(stages), name), seed) != stage:
+                if load_stages(stages, seed).get(name) != stage:
                     raise Misconfigured(f"{stages}: stage {name} has changed since this chain began: start it again")
+                say(console, f"stage {name} is being started")
                 launch_stage(launch, stage, options, ckpt, stop)
         finally:
             console.print(outcome_table([read_kept(each.stage, ckpt, strict=False) for each in todo]))
@@ -3568,7 +3834,7 @@ def evaluate_checkpoints(
 
     Example: micronet.py evaluate ckpt/ex/best.safetensors ckpt/exx/best.safetensors
     """
-    results = [evaluate_checkpoint(path, data, precision) for path in checkpoints]
+    results = [evaluate_checkpoint(path, data, precision, progress(f"testing {path}")) for path in checkpoints]
     render(results, accuracy_table, as_json)
 
 
@@ -3608,7 +3874,8 @@ def export(
 
     Example: micronet.py export ckpt/ex/best.safetensors ex.onnx
     """
-    render([export_checkpoint(checkpoint, out, data)], export_table, as_json)
+    watch = progress(f"comparing {out} with {checkpoint}")
+    render([export_checkpoint(checkpoint, out, data, watch)], export_table, as_json)
 
 
 @command("import", computes=True)

@@ -26,7 +26,7 @@ def kept(stage: Stage, top1: list[float], best: int, cost: Cost, teacher: Teache
     return Kept(stage, Metadata(stage, (), len(history), *tested, history, teacher, cost, FACTS), state)
 
 
-FACTS = Facts("CPU (x86_64)", 2, 3, "bf16", "inductor", {"torch": "2"}, "0a1b2c")
+FACTS = Facts("CPU (x86_64)", 2, 1, 3, "AVX2", "bf16", "inductor", {"torch": "2"}, "0a1b2c")
 TEACHER = Teacher("b0", "first", "f" * 64, micronet.Tested(2, 81.25, 95.5))
 B0 = Stage("b0", network="efficientnet_b0", dataset="synthetic", epochs=3)
 EXX = Stage("a-long-name", network="efficientnet_exx", teacher="b0", dataset="synthetic", train_images=200, seed=7)
@@ -132,6 +132,19 @@ TABLES = {  # by the beginning of its title
 def test_every_figure_of_a_table_is_in_its_place(title: str) -> None:
     table, text = TABLES[title]
     assert cells(table) == grid(text) and table.title.startswith(title)
+
+
+def test_a_chain_that_is_not_finished_shows_how_far_it_has_come() -> None:
+    finished, unfinished = micronet.outcome_table(KEPT[:1]), micronet.outcome_table(KEPT)
+    assert cells(finished) == cells(micronet.stages_table(KEPT[:1], micronet.RESULTS))
+    assert cells(unfinished) == cells(micronet.stages_table(KEPT, micronet.PROGRESS))
+
+
+def test_speeds_stand_beside_each_other_and_what_is_left_adds_up() -> None:
+    table = micronet.speed_table([SPEED, SPEED | {"stage": "b3", "device": "a CPU", "seconds_left": 3623.0}])
+    head, *rows = cells(table)
+    assert head[1:] == ["exx", "b3"] and rows[2] == ["device", "a GPU", "a CPU"]
+    assert table.caption.endswith(": 1:01 h")
 
 
 def test_the_board() -> None:

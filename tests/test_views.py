@@ -165,7 +165,6 @@ def test_a_curve_of_any_size_fits(width: int, epochs: int) -> None:
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"])
 def test_a_pipe_gets_a_line_an_epoch(variable: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     console = Console(file=io.StringIO(), width=100)
     with micronet.choose_view(console, KEPT) as view:
         for event in (BEGUN, *EPOCHS, STEP, Finished(EPOCHS[0].record, EPOCHS[1].record)):
@@ -187,7 +186,7 @@ def test_a_pipe_gets_a_line_an_epoch(variable: str, monkeypatch: MonkeyPatch) ->
 
 
 def test_an_introduction_says_what_there_is_none_of(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate launch does
+    monkeypatch.setattr(micronet, "is_launched", lambda: True)
     begun = Started(B0, FACTS._replace(processes=1, compile=None), COST, None, [], [])
     lines = micronet.introduction(begun)
     assert lines[1:] == ["teacher: none: the true labels", "runs on: CPU (x86_64), 1 process, bf16, not compiled"]
