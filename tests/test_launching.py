@@ -62,6 +62,19 @@ def test_a_stage_that_waits_for_a_server_stops_with_its_chain(
             stage.kill()
 
 
+def test_a_process_that_does_not_stop_ends_when_its_chain_is_gone() -> None:
+    code = f"""import signal, sys, threading, time; sys.path.insert(0, {str(ROOT)!r}); import micronet
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that waits for another process
+threading.Thread(target=micronet.watch_lifeline, daemon=True).start()
+time.sleep(600)"""
+    stage = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    stage.stdin.close()
+    try:
+        assert stage.wait(timeout=120) == 143
+    finally:
+        stage.kill()
+
+
 def test_the_environment_of_another_launch_is_not_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ROLE_NAME")
     for name in (
