@@ -3519,7 +3519,7 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
             (ckpt / stage.name).mkdir(parents=True, exist_ok=True)
             (ckpt / stage.name / "error.log").write_text("".join(trouble), errors="replace")
             reason += f" (all of it in {ckpt / stage.name / 'error.log'})"
-    failure = f"stage {stage.name} failed: {reason}"
+    failure = f"stage {stage.name} failed: {reason.removeprefix(f'stage {stage.name}: ')}"
     if not ours or code not in [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite)]:  # met again
         failure += f"; {resumption(stage, len(kept.history))}"
     raise Failure(failure, code)

@@ -187,7 +187,7 @@ def test_a_traceback_is_kept_and_told_in_a_line(tmp_path: Path, capfd: pytest.Ca
     assert told.startswith(f"stage first failed: IndexError: list index out of range (all of it in {log}); stage first")
     assert log.read_text().startswith("Traceback (most recent call last):\n")
     assert capfd.readouterr().err == "a library\n"
-    told = launch("import sys; print('error 4: nan in epoch 1', file=sys.stderr); sys.exit(1)", tmp_path)
+    told = launch("import sys; print('error 4: stage first: nan in epoch 1', file=sys.stderr); sys.exit(1)", tmp_path)
     assert told == "stage first failed: nan in epoch 1"  # which the same command would meet again
 
 
