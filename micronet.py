@@ -3893,7 +3893,8 @@ def import_published(
     if out.suffix != ".safetensors":
         raise Misconfigured(f"--out = {out}: expected a name that ends in .safetensors")
     check_output(out)
-    tensors, metadata = import_network(file, network)
+    with Screen(stderr=True).status(Text(printable(f"reading {file}"))):
+        tensors, metadata = import_network(file, network)
     write_output(out, to_bytes(tensors, metadata)[0])
     say(new_console(), f"{out}: {count(len(tensors), 'tensor')} of {network}; try evaluate {out}")
 
