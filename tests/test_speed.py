@@ -68,10 +68,10 @@ def test_a_command_that_computes_keeps_freed_memory() -> None:
     """Without that, every one of these tensors would be faulted in anew: 16,384 pages each."""
     assert invoke("evaluate", "missing.safetensors").exit_code == 3
     faults = []
-    for _ in range(10):
+    for _ in range(20):
         torch.ones(2**24)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[9] - faults[4] < 2000, faults  # the first ones find the room
+    assert faults[-1] - faults[-4] < 2000, faults  # the first ones find the room, many in a heap with many holes
 
 
 def test_bench_measures_every_part_without_data(write: Callable[..., Path], tmp_path: Path) -> None:
