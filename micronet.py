@@ -82,7 +82,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace, UnionType
+from types import ModuleType, SimpleNamespace, UnionType
 from typing import (
     TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints,
 )  # fmt: skip
@@ -140,7 +140,7 @@ class Locked(Failure):  # another process trains the stage
     exit_code = 75
 
 
-class Stopped(Failure):  # between two steps, by a signal or by the end of the process that started this one
+class Stopped(Failure):  # by a signal or by the end of the process that started this one
     exit_code = 128 + signal.SIGTERM
 
 
@@ -2881,7 +2881,7 @@ def failure_lines(ckpt: Path, kept: list[Kept], damaged: list[str]) -> list[str]
     """Say why stages failed, those that have kept nothing included, but for what `damaged` says already."""
     states = {each.stage.name: each.state for each in kept}
     failed = {name: reason for name, reason in failures(ckpt).items() if states.get(name, "failed") == "failed"}
-    begun = [path.name[1:-5] for path in sorted(ckpt.glob(".*.lock")) if path.name[1:-5] not in states]
+    begun = sorted({path.name[1:-5] for path in ckpt.glob(".*.lock")} - states.keys())
     lines = [f"{name} is running, in its first epoch" for name in begun if is_locked(name, ckpt)]
     return lines + [f"{name} failed: {reason}" for name, reason in failed.items() if reason not in damaged]
 
@@ -3390,6 +3390,7 @@ LAUNCH_KEYS: dict[str, Accepts] = {  # of a launch configuration: what can be ho
     "main_process_port": whole(0, 65535),
     "mixed_precision": one_of(lambda: ["no", "bf16", "fp16"]),
     "gpu_ids": Accepts(lambda v: re.fullmatch(r"all|\d+(,\d+)*", str(v)), lambda: "all, or numbers in quotes"),
+    "dynamo_backend": one_of(lambda: dynamo_backends()),
     "dynamo_mode": one_of(lambda: ["default", "reduce-overhead", "max-autotune"]),
     **dict.fromkeys(["use_cpu", "debug", "enable_cpu_affinity", "same_network"], TRUTH),
     **dict.fromkeys(["dynamo_use_fullgraph", "dynamo_use_dynamic", "dynamo_use_regional_compilation"], TRUTH),
@@ -3397,13 +3398,18 @@ LAUNCH_KEYS: dict[str, Accepts] = {  # of a launch configuration: what can be ho
 }
 
 
+def dynamo_backends() -> list[str]:
+    """Return what accelerate can compile with, in both spellings that it takes."""
+    from accelerate.utils import DynamoBackend
+
+    return [name for backend in DynamoBackend for name in (backend.value, backend.value.lower())]
+
+
 def read_launch(config_file: Path) -> Any:
     """Return accelerate's view of a launch configuration; raises Misconfigured unless all of it can be honoured."""
     import yaml
     from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.utils import DynamoBackend
 
-    backends = one_of(lambda: [name for backend in DynamoBackend for name in (backend.value, backend.value.lower())])
     try:
         with open_regular(config_file) as file:
             table = yaml.safe_load(file.read(2**16))
@@ -3417,8 +3423,7 @@ def read_launch(config_file: Path) -> Any:
         if not isinstance(dynamo, dict):
             raise unacceptable(f"{config_file}", "dynamo_config", dynamo, "a table")
         for name, value in (table | dynamo).items():
-            accepts = backends if name == "dynamo_backend" else LAUNCH_KEYS.get(name)
-            if accepts and accepts.parse(value) is None:
+            if (accepts := LAUNCH_KEYS.get(name)) and accepts.parse(value) is None:
                 raise unacceptable(f"{config_file}", name, value, accepts.words())
         config = load_config_from_file(str(config_file))
         if config.num_processes < 1:
@@ -3441,6 +3446,17 @@ def usable_cores(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sy
     return max(1, cores)
 
 
+def passed_on() -> dict[str, str]:
+    """Return what of this process's environment is for those that it launches; raises Misconfigured."""
+    environment = {name: value for name, value in os.environ.items() if not DECIDED.fullmatch(name)}
+    environment["PYTHONSAFEPATH"] = "1"  # what lies in the current folder is not imported in place of a package
+    if threads := environment.pop("OMP_NUM_THREADS", ""):
+        if not re.fullmatch(r" *[1-9]\d{0,3} *(, *[1-9]\d{0,3} *)*", threads):
+            raise Misconfigured(f"OMP_NUM_THREADS = {shown(threads)}: expected a whole number of 1 or more, or none")
+        environment["OMP_NUM_THREADS"] = threads.split(",")[0].strip()  # of a list, that of the outermost level
+    return environment
+
+
 def plan_launch(config_file: Path, console: Console) -> Launch:
     """Return the `accelerate launch` that trains on what is here, as near to the configuration as that allows.
 
@@ -3450,11 +3466,7 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
 
     config = read_launch(config_file)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    environment = {name: value for name, value in os.environ.items() if not DECIDED.fullmatch(name)}
-    environment["PYTHONSAFEPATH"] = "1"  # what lies in the current folder is not imported in place of a package
-    threads = environment.pop("OMP_NUM_THREADS", "")
-    if threads and not re.fullmatch(r" *[1-9]\d{0,3} *(, *[1-9]\d{0,3} *)*", threads):
-        raise Misconfigured(f"OMP_NUM_THREADS = {shown(threads)}: expected a whole number of 1 or more, or none")
+    environment = passed_on()
     processes, gpus = config.num_processes, torch.cuda.device_count()
     wanted = f"{config_file} asks for {count(processes, 'GPU')}, this machine has"
     if config.use_cpu and processes > 1:  # accelerate's launcher alone would start a single process
@@ -3468,11 +3480,9 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
         say(console, f"{wanted} {gpus}: training on {gpus}, with the same batch size")
         command += ["--num_processes", str(gpus)]
     if config.use_cpu or gpus == 0:
-        threads = threads or str(max(1, usable_cores() // processes))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
         # threads that wait would hold their cores: beside another program a step would take many times as long
         environment.setdefault("GOMP_SPINCOUNT", "1000")
-    if threads:
-        environment["OMP_NUM_THREADS"] = threads.split(",")[0].strip()  # of a list, that of the outermost level
     return Launch(command, environment)
 
 
@@ -3496,33 +3506,47 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     stop.then = ask
     if stop.made():  # since it was asked above
         ask()
-    said: list[tuple[int, str]] = []  # exit codes and lines of this program
-    trouble: list[str] = []  # what others have written, from the first sign of a failure on
     with pausing(child.pid):
-        for line in child.stderr:
-            if error := re.match(r"error (\d+): (.*)", line):
-                said.append((int(error[1]), error[2]))
-            elif trouble or TROUBLE.match(line):
-                trouble.append(line)
-            elif stop.signum is None:
-                sys.stderr.write(line)
-        child.wait()
+        said, trouble = listen(child, stop)
     kept = read_kept(stage, ckpt)
     if stop.signum is not None and not kept.is_finished:
         raise stop.stopped(stage, len(kept.history))
     if kept.is_finished and not said:
         return sys.stderr.writelines(trouble)
-    code, reason = explain_failure(said, trouble, child.returncode)
+    raise stage_failure(kept, ckpt, said, trouble, child.returncode)
+
+
+def listen(child: subprocess.Popen[str], stop: StopRequest) -> tuple[list[tuple[int, str]], list[str]]:
+    """Pass on what a stage's processes write on standard error, until the last one is gone, but for its failure.
+
+    Returns that: exit codes and lines of this program, and what others wrote, from the first sign of trouble on.
+    """
+    said, trouble = [], []
+    for line in child.stderr:
+        if error := re.match(r"error (\d+): (.*)", line):
+            said.append((int(error[1]), error[2]))
+        elif trouble or TROUBLE.match(line):
+            trouble.append(line)
+        elif stop.signum is None:
+            sys.stderr.write(line)
+    child.wait()
+    return said, trouble
+
+
+def stage_failure(kept: Kept, ckpt: Path, said: list[tuple[int, str]], trouble: list[str], returncode: int) -> Failure:
+    """Return why a launched stage has failed, and keep in its error.log what the line leaves out."""
+    name, (code, reason) = kept.stage.name, explain_failure(said, trouble, returncode)
     ours = (code, reason) in said
+    log = ckpt / name / "error.log"
     if trouble and not ours:
         with suppress(OSError):  # on a full disk, say
-            (ckpt / stage.name).mkdir(parents=True, exist_ok=True)
-            (ckpt / stage.name / "error.log").write_text("".join(trouble), errors="replace")
-            reason += f" (all of it in {ckpt / stage.name / 'error.log'})"
-    failure = f"stage {stage.name} failed: {reason.removeprefix(f'stage {stage.name}: ')}"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(trouble), errors="replace")
+            reason += f" (all of it in {log})"
+    failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
     if not ours or code not in [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite)]:  # met again
-        failure += f"; {resumption(stage, len(kept.history))}"
-    raise Failure(failure, code)
+        failure += f"; {resumption(kept.stage, len(kept.history))}"
+    return Failure(failure, code)
 
 
 TROUBLE = re.compile(r"(\[rank\d+\]: ?)?Traceback \(most|[WE]\d{4} \d\d:\d\d|Fatal Python error|terminate called")
@@ -3650,17 +3674,22 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                 say(Screen(stderr=True), prefix + " ".join(str(error).split()))
                 raise typer.Exit(error.exit_code) from None
             gc.disable()  # looking for garbage takes a tenth of the time that torch takes to import
-            # this very file, whatever it is called and whatever else is called micronet
-            loader = importlib.machinery.SourceFileLoader("micronet", os.path.abspath(__file__))
-            module = importlib.util.module_from_spec(importlib.util.spec_from_loader("micronet", loader))
-            sys.modules["micronet"] = module
-            loader.exec_module(module)
+            module = load_own_file()
             gc.enable()
             getattr(module, function.__name__)(**options)
 
         return app.command(name, hidden=hidden)(run)
 
     return register
+
+
+def load_own_file() -> ModuleType:
+    """Import this very file as `micronet`, whatever it is called and whatever else is called that."""
+    loader = importlib.machinery.SourceFileLoader("micronet", os.path.abspath(__file__))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("micronet", loader))
+    sys.modules["micronet"] = module
+    loader.exec_module(module)
+    return module
 
 
 @app.callback(invoke_without_command=True)

@@ -78,7 +78,7 @@ class Chain:
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and str(self.ckpt) in (entry / "cmdline").read_text():
+                if entry.name.isdigit() and str(self.ckpt) in (entry / "cmdline").read_text(errors="replace"):
                     found.append(int(entry.name))
             except OSError:  # it has ended
                 pass
