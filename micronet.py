@@ -3660,7 +3660,7 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                         if not os.environ.get("OMP_NUM_THREADS"):
                             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
                     function(**options)
-                    return check_said(lost="lifeline" in options or "config_file" in options)
+                    return check_said(lost=name in ("run-stage", "chain"))
                 if "stages" in options:
                     load_stages(options["stages"])
                 if options.get("lifeline"):

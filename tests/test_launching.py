@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from conftest import ONE_EPOCH, ROOT, TINY, WIDE, invoke, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import micronet
-from conftest import ONE_EPOCH, ROOT, TINY, WIDE, invoke, program
 
 SILENT = "stage first keeps 0 of 3 epochs; the same command goes on from there"
 
@@ -140,6 +141,25 @@ def test_a_chain_nobody_reads_in_a_folder_of_traps(tmp_path: Path) -> None:
         command = [sys.executable, str(ROOT / "micronet.py"), "show", "--ckpt", str(tmp_path / where)]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (5, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize(("command", "code"), [("bench", 5), ("chain", 0)])
+def test_what_only_tells_of_a_run_may_be_lost_and_a_result_may_not(
+    command: str, code: int, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = {"images_per_second": 1.0, "stage": "first"}
+    monkeypatch.setattr(micronet, "plan_launch", lambda *_: None)
+    monkeypatch.setattr(micronet, "launch_bench", lambda *_: dict(speed))
+    monkeypatch.setattr(micronet, "launch_stage", lambda *_: None)
+    folders = {"stages": write(TINY), "ckpt": tmp_path / "ckpt"}
+    own = {"as_json": True, "steps": 1} if command == "bench" else {}
+    with micronet.Outlet(os.open("/dev/full", os.O_WRONLY), "w") as outlet:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(outlet), write_through=True))
+        with contextlib.nullcontext() if code == 0 else pytest.raises(typer.Exit) as ended:
+            getattr(micronet, command)(names=["first"], **folders, **own)
+        monkeypatch.undo()
+        assert outlet.error.strerror == "No space left on device"
+    assert code == 0 or ended.value.exit_code == code
 
 
 LAUNCHERS = """Traceback (most recent call last):
