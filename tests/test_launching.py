@@ -40,6 +40,15 @@ def test_a_signal_before_the_first_step_ends_the_stage_at_once(
     assert time.monotonic() - start < 50
 
 
+def test_a_signal_after_the_first_step_waits_for_the_epoch_that_is_tested(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = micronet.evaluate
+    monkeypatch.setattr(micronet, "evaluate", lambda *each: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*each))[1])
+    result = invoke("run-stage", "first", "--stages", write(TINY), "--ckpt", tmp_path / "ckpt")
+    assert (result.exit_code, result.stderr.strip()) == (143, SILENT.replace("keeps 0", "keeps 1"))
+
+
 @pytest.mark.parametrize("ending", ["asked", "closed"])
 def test_a_stage_that_waits_for_a_server_stops_with_its_chain(
     ending: str, write: Callable[..., Path], tmp_path: Path
@@ -327,6 +336,7 @@ with micronet.pausing(child.pid):
             assert become(["S", "S", "S"])
         finally:
             os.killpg(launcher, signal.SIGKILL)
+            chain.kill()  # which may be paused
 
 
 def test_streams_that_are_no_files_do(tmp_path: Path) -> None:
