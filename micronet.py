@@ -75,6 +75,7 @@ import subprocess
 import threading
 import time
 import tomllib
+import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -237,8 +238,8 @@ class Stage:
     name: str
     """What stands after `stage.` in stages.toml: letters, digits, - and _."""
 
-    network: str = key(one_of(lambda: NETWORKS))
-    """The architecture, one of `NETWORKS`."""
+    network: str = key(Accepts(lambda v: find_network(v), lambda: f"one of {', '.join(NETWORKS)}"))
+    """The architecture, one of `NETWORKS`, whose efficientnet_ may be left out."""
 
     width: float | None = key(number(lambda v: 0 < v <= 10, "above 0, at most 10"), default=None)
     """Multiplier of all channel counts [4]; None is the network's own."""
@@ -251,14 +252,26 @@ class Stage:
     )
     """The stage whose best network labels the crops, or the path of a checkpoint; None trains on the true labels."""
 
-    dataset: str = key(one_of(lambda: DATASETS), default="cifar100")
-    """Where the images come from, one of `DATASETS`."""
+    dataset: str = key(
+        Accepts(lambda v: parse_dataset(v), lambda: f"one of {', '.join(DATASETS)}, or {FOLDER}NAME"),
+        default="cifar100",
+    )
+    """Where the images come from: one of `DATASETS`, or folder:NAME, images of your own (see `scan_folder`)."""
+
+    folder: Dataset | None = field(default=None, kw_only=True)
+    """What a folder of images holds, which is no key: a checkpoint remembers it where the folder is not."""
+
+    side: int = key(
+        Accepts(lambda v: v if type(v) is int and v in SIDES else None, lambda: "a multiple of 32 up to 256"),
+        default=32,
+    )
+    """Pixels that a folder's images have in height and width when they are read; those of `DATASETS` have 32."""
 
     train_images: int | None = key(whole(1), default=None)
     """Train on the first so many images; None is all."""
 
     test_images: int | None = key(whole(1), default=None)
-    """Test on the first so many images; None is all."""
+    """Test on the first so many images, validation images where there are some; None is all."""
 
     views: tuple[str, ...] = key(some_of(lambda: VIEWS), default=("jitter", "jitter-crop", "crop"))
     """An epoch is the training set once under each of these `VIEWS`, shuffled together."""
@@ -293,16 +306,32 @@ class Stage:
     """Seed of every random stream of the stage."""
 
     @property
+    def data(self) -> Dataset:
+        return self.folder or DATASETS[self.dataset]
+
+    @property
     def classes(self) -> int:
-        return DATASETS[self.dataset].classes
+        return self.data.classes
 
     @property
     def train_size(self) -> int:
-        return self.train_images or DATASETS[self.dataset].train
+        return self.train_images or self.data.train
+
+    @property
+    def tested_on(self) -> Part:
+        """What every epoch is tested on, and the best one chosen."""
+        return "validation" if self.data.validation else "test"
 
     @property
     def test_size(self) -> int:
-        return self.test_images or DATASETS[self.dataset].test
+        """How many images that is."""
+        everything = self.data.validation or self.data.test
+        return min(self.test_images or everything, everything)
+
+    @property
+    def is_scored(self) -> bool:
+        """Tell whether a MicroNet score means something: the challenge had CIFAR-100."""
+        return self.dataset == "cifar100"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -312,31 +341,49 @@ class Stage:
 KEYS = {f.name: f.metadata["accepts"] for f in fields(Stage) if f.metadata}
 
 
-def load_stages(path: Path, seed: int | None = None) -> dict[str, Stage]:
-    """Read and check the stages of a TOML file, by name and in the file's order, with another seed if that is given.
+def load_stages(path: Path, data: Path = Path("data"), over: dict[str, Any] | None = None) -> dict[str, Stage]:
+    """Read and check the stages of a TOML file, by name and in the file's order, with values `over` all of them.
 
-    Raises Misconfigured with one line that names file, stage, key, what stands there and what is accepted.
+    Folders of images are looked for in `data`. Raises Misconfigured with one line that names file, stage, key, what
+    stands there and what is accepted.
     """
     try:
         with open_regular(path) as file:
-            text = file.read(2**16 + 1).decode("utf-8-sig")  # editors on Windows begin with a mark
-        if len(text) > 2**16 or any(line.count(".") > 64 for line in text.splitlines()):
-            raise ValueError("more than 64 KiB, or a line with more than 64 dots")  # which take the parser minutes
-        document = tomllib.loads(text)
+            document = parse_toml(f"{path}", file.read(2**16 + 1))
     except OSError as error:
         raise Misconfigured(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise Misconfigured(f"{path}: not valid TOML: {' '.join(str(error).split())}") from None
     defaults, tables = document.pop("defaults", {}), document.pop("stage", {})
     for unknown in document:
         raise Misconfigured(f"{path}: {shown(unknown)}: unknown; accepted: [defaults] and [stage.NAME]")
     if not isinstance(tables, dict) or not tables:
         raise Misconfigured(f"{path}: no stage; expected a table [stage.NAME] for each")
     defaults = checked_table(f"{path}: [defaults]", defaults)
-    stages = {name: stage_from(f"{path}: stage {name}", name, table, defaults) for name, table in tables.items()}
+    scan = functools.cache(lambda name: scan_folder(data / name))
+    stages = {}
+    for name, table in tables.items():
+        where = f"{path}: stage {name}"
+        stages[name] = stage_from(where, name, defaults | checked_table(where, table) | (over or {}), scan)
     for stage in stages.values():
         check_teacher(path, stage, stages)
-    return stages if seed is None else {name: replace(stage, seed=seed) for name, stage in stages.items()}
+    return stages
+
+
+def parse_toml(where: str, content: bytes) -> dict[str, Any]:
+    """Return what TOML says; raises Misconfigured."""
+    try:
+        text = content.decode("utf-8-sig")  # editors on Windows begin with a mark
+        if len(content) > 2**16 or any(line.count(".") > 64 for line in text.splitlines()):
+            raise ValueError("more than 64 KiB, or a line with more than 64 dots")  # which take the parser minutes
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Misconfigured(f"{where}: not valid TOML: {' '.join(str(error).split())}") from None
+
+
+def settings(pairs: list[str] | None, seed: int | None = None) -> dict[str, Any]:
+    """Return the keys of all stages that the command line sets, by KEY=VALUE or --seed; raises Misconfigured."""
+    text = os.fsencode("\n".join(pairs or ()))
+    table = parse_toml("--set (expected KEY=VALUE as in a stages file, text in quotes)", text)
+    return checked_table("--set", table | ({} if seed is None else {"seed": seed}))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -363,15 +410,21 @@ def checked_table(where: str, table: Any) -> dict[str, Any]:
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a stage
 
 
-def stage_from(where: str, name: str, table: Any, defaults: dict[str, Any]) -> Stage:
-    """Build a stage from its table over the checked defaults, and check what only the whole can tell."""
+def stage_from(where: str, name: str, values: dict[str, Any], scan: Callable[[str], Dataset]) -> Stage:
+    """Build a stage of checked values, and check what only the whole can tell; `scan` knows folders by name."""
     if not re.fullmatch(NAME, name):
         raise Misconfigured(f"{where}: a stage's name is made of up to 64 letters, digits, - and _")
-    values = defaults | checked_table(where, table)
     if "network" not in values:
         raise Misconfigured(f"{where}: network is missing; accepted: {', '.join(NETWORKS)}")
     stage = Stage(name, **values)
-    data = DATASETS[stage.dataset]
+    if stage.dataset.startswith(FOLDER):
+        try:
+            stage = replace(stage, folder=scan(stage.dataset.removeprefix(FOLDER)))
+        except Misconfigured as error:
+            raise Misconfigured(f"{where}: dataset = {shown(stage.dataset)}: {error}") from None
+    elif stage.side != SIDE:
+        raise unacceptable(where, "side", stage.side, f"{SIDE}, which the images of {stage.dataset} have")
+    data = stage.data
     for name, most, words in (
         ("train_images", data.train, f"{data.train}, what {stage.dataset} has"),
         ("test_images", data.test, f"{data.test}, what {stage.dataset} has"),
@@ -403,11 +456,18 @@ def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
         others = ", ".join(name for name in stages if name != stage.name) or "there is none"
         raise unacceptable(where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint")
     teacher = stages[stage.teacher]
-    if teacher.classes != stage.classes:
-        words = f"a data set with its teacher's {teacher.classes} classes, not {stage.classes}"
-        raise unacceptable(where, "dataset", stage.dataset, words)
-    if teacher.scale != stage.scale:
-        raise unacceptable(where, "scale", stage.scale, f"its teacher's, {teacher.scale}")
+    if name := differing(stage, teacher):
+        raise unacceptable(where, name, getattr(stage, name), f"its teacher's, {shown(getattr(teacher, name))}")
+
+
+def differing(stage: Stage, teacher: Stage) -> str | None:
+    """Return a key in which a stage and its teacher must not differ but do: what is seen, or what the answer means."""
+    alike = {
+        "dataset": operator.eq(*(s.folder.class_names if s.folder else s.dataset for s in (stage, teacher))),
+        "side": stage.side == teacher.side,
+        "scale": stage.scale == teacher.scale,
+    }
+    return next((name for name, same in alike.items() if not same), None)
 
 
 def unacceptable(where: str, name: str, value: Any, accepted: str) -> Misconfigured:
@@ -472,66 +532,107 @@ def stream_seed(*what: Any) -> int:
 # -------------------------------------------------------------------------------------------------------------- Data
 # What is fed in: uint8 images that live on the training device, and the augmented views as batched tensor operations.
 
-SIDE = 32  # pixels
+SIDE, SIDES = 32, range(32, 257, 32)  # pixels in height and width: of `DATASETS`, and what a folder may have
 
 MEAN, STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of CIFAR-100's training pixels in [0, 1], RGB [1]
 LUMA = (0.2989, 0.587, 0.114)  # grey from RGB, ITU-R 601-2 as in torchvision
 
 
-class Dataset(NamedTuple):
-    train: int  # images
-    test: int  # images
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How many images and classes there are. Without validation images every epoch is tested on the test images."""
+
+    train: int
+    test: int
     classes: int
+    validation: int = 0
+    class_names: tuple[str, ...] = ()  # of a folder
+
+    def __str__(self) -> str:
+        return f"{self.train}, {self.validation}, {self.test} images of {self.classes}: {', '.join(self.class_names)}"
 
 
-DATASETS = {"cifar100": Dataset(50_000, 10_000, 100), "synthetic": Dataset(50_000, 10_000, 10)}
+DATASETS = {
+    "cifar100": Dataset(50_000, 10_000, 100),
+    "cifar10": Dataset(50_000, 10_000, 10),
+    "synthetic": Dataset(50_000, 10_000, 10),
+}
+FOLDER = "folder:"  # before the name of a folder of images
+FOLDERS = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # of its parts
+LITTER = ("Thumbs.db", "desktop.ini")  # as is what begins with a dot: no image, whatever it is
+
+
+def parse_dataset(value: Any) -> str | None:
+    """Return the name of a data set, or of a folder of images, which is not a path."""
+    sound = isinstance(value, str) and (value in DATASETS or re.fullmatch(FOLDER + r"[^./\\\0][^/\\\0]*", value))
+    return value if sound else None
 
 
 class Images(NamedTuple):
     """A data set in memory."""
 
-    pixels: Tensor  # (N, 3, 32, 32) uint8, RGB
+    pixels: Tensor  # (N, 3, H, W) uint8, RGB
     labels: Tensor  # (N,) int64
     class_names: list[str]
 
     def to(self, device: torch.device) -> Images:
+        check_memory(self.pixels.shape, device)
         return Images(self.pixels.to(device), self.labels.to(device), self.class_names)
 
     def part(self, index: int, of: int) -> Images:
         return Images(self.pixels[index::of], self.labels[index::of], self.class_names)
 
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Return pixels and labels as they are tested at a time: 250 images of 32 x 32, fewer of larger ones."""
+        n = max(1, 250 * SIDE**2 // self.pixels[0, 0].numel())
+        return list(zip(self.pixels.split(n), self.labels.split(n)))
 
-def load_images(stage: Stage, data: Path, train: bool) -> Images:
-    """Return the stage's training or test images, on the CPU; CIFAR-100 from `data`, or downloaded to there.
 
-    Raises Refused where it can be neither found there, with its MD5 sums, nor downloaded.
+Watch = Callable[[Collection[Any], str], Iterable[Any]]  # goes through something and shows how far it has come
+
+
+def unwatched(items: Collection[Any], what: str) -> Iterable[Any]:
+    return items
+
+
+def load_images(stage: Stage, data: Path, part: Part, watch: Watch = unwatched) -> Images:
+    """Return a part of a stage's images, on the CPU, from `data`; CIFAR is downloaded to there.
+
+    Raises Refused where CIFAR can be neither found there, with its MD5 sums, nor downloaded, or a folder's images
+    cannot be read; Misconfigured where that is none.
     """
-    n = stage.train_size if train else stage.test_size
+    n = stage.train_size if part == "train" else stage.test_size
     if stage.dataset == "synthetic":
-        return synthetic_images(n, train)
-    from torchvision.datasets import CIFAR100  # 1.5 s, which a synthetic stage need not wait for
+        return synthetic_images(n, part == "train")
+    if stage.folder:
+        return folder_images(stage, data / stage.dataset.removeprefix(FOLDER), part, watch)
+    from torchvision import datasets  # 1.5 s, which a synthetic stage need not wait for
     from torchvision.datasets.utils import check_integrity
 
+    cifar = getattr(datasets, stage.dataset.upper())
     try:
         try:
-            dataset = CIFAR100(data, train=train)
+            dataset = cifar(data, train=part == "train")
         except RuntimeError:  # not there, or its MD5 does not match
-            download(CIFAR100, data, "169 MB")
-            dataset = CIFAR100(data, train=train)
+            download(cifar, data)
+            dataset = cifar(data, train=part == "train")
     except (RuntimeError, OSError) as error:
-        folder, meta = data / CIFAR100.base_folder, CIFAR100.meta
-        files = [*CIFAR100.train_list, *CIFAR100.test_list, (meta["filename"], meta["md5"])]
+        folder, meta = data / cifar.base_folder, cifar.meta
+        files = [*cifar.train_list, *cifar.test_list, (meta["filename"], meta["md5"])]
         bad = [folder / name for name, md5 in files if not check_integrity(folder / name, md5)]
         wrong = ", ".join(f"{path.name} is {'damaged' if path.exists() else 'missing'}" for path in bad)
         raise Refused(
-            f"{folder}: no CIFAR-100 here that matches its MD5 sums ({wrong}), and the download failed "
-            f"({' '.join(str(error).split())}): put the official files train, test and meta there, or name --data"
+            f"{folder}: no {cifar.__name__} here that matches its MD5 sums ({wrong}), and the download failed "
+            f"({' '.join(str(error).split())}): put the official files there, or name --data"
         ) from None
     pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.tensor(dataset.targets[:n]), dataset.classes)
 
 
-def download(dataset: type, data: Path, size: str) -> None:
+def download(dataset: type, data: Path) -> None:
     """Have torchvision download a data set, unless another process has just done so; raises RuntimeError or OSError."""
     data.mkdir(parents=True, exist_ok=True)
     with open(data / ".download.lock", "w") as lock:
@@ -539,7 +640,7 @@ def download(dataset: type, data: Path, size: str) -> None:
         with suppress(RuntimeError):
             dataset(data)
             return
-        print(f"downloading {dataset.__name__}, {size}, from {dataset.url} to {data}", file=sys.stderr, flush=True)
+        print(f"downloading {dataset.__name__}, 170 MB, from {dataset.url} to {data}", file=sys.stderr, flush=True)
         bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # else some lines a second
         patience = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds without a byte
@@ -549,6 +650,123 @@ def download(dataset: type, data: Path, size: str) -> None:
         finally:
             socket.setdefaulttimeout(patience)
         print(f"{dataset.__name__} is in {data}", file=sys.stderr, flush=True)
+
+
+def image_files(folder: Path, part: Part) -> dict[str, list[Path]]:
+    """Return all files in the class folders of a part, but for litter, by class and sorted by that."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: dict[str, list[Path]] = {}
+    for top in (folder / name for name in FOLDERS[part]):
+        for path in sorted(top.iterdir()) if top.is_dir() else ():
+            if path.is_dir() and path.name[0] != ".":
+                found = files.setdefault(unicodedata.normalize("NFC", path.name), [])
+                for at, folders, names in os.walk(path, onerror=fail):
+                    folders[:] = [name for name in folders if name[0] != "."]
+                    found += [Path(at, name) for name in names if name[0] != "." and name not in LITTER]
+    return dict(sorted(files.items()))
+
+
+def scan_folder(folder: Path) -> Dataset:
+    """Count the images in `folder`/train/CLASS/** and `folder`/test/CLASS/**, and in val or validation beside them.
+
+    Every file but litter counts as an image. Raises Misconfigured unless all parts have the same two or more classes.
+    """
+    parts = {part: image_files(folder, part) for part in FOLDERS}
+    if not parts["validation"]:
+        del parts["validation"]
+    names = sorted(set().union(*parts.values()))
+    if not folder.is_dir():
+        raise Misconfigured(f"{folder}: no such folder: expected images in train/CLASS/ and test/CLASS/ there")
+    for name in names:
+        if not name.isprintable():
+            raise Misconfigured(f"{folder}: class {shown(name)}: expected a name that can be printed")
+        for part, files in parts.items():
+            if not files.get(name):
+                raise Misconfigured(f"{folder}: class {name} has no images in {part}/: expected some in every part")
+    if len(names) < 2:
+        raise Misconfigured(
+            f"{folder}: {count(len(names), 'class')} in train/CLASS/ and test/CLASS/: expected two or more"
+        )
+    sizes = {part: sum(map(len, files.values())) for part, files in parts.items()}
+    return Dataset(classes=len(names), class_names=tuple(names), **sizes)
+
+
+def folder_images(stage: Stage, folder: Path, part: Part, watch: Watch) -> Images:
+    """Return a part of a folder's images in an order that mixes classes and is the same on every file system."""
+    found = scan_folder(folder)
+    if found.class_names != stage.folder.class_names:
+        wanted, names = (", ".join(each.class_names) for each in (stage.folder, found))
+        raise Refused(f"{folder}: its classes are {names}: expected those of the stage, {wanted}; name --data")
+    if part == "validation" and not found.validation:
+        part = "test"
+
+    def place(file: tuple[Path, int]) -> tuple[int, Path]:
+        return stream_seed(unicodedata.normalize("NFC", "/".join(file[0].relative_to(folder).parts[1:]))), file[0]
+
+    classes = enumerate(image_files(folder, part).values())
+    files = sorted(((path, label) for label, paths in classes for path in paths), key=place)
+    files = files[: stage.train_images if part == "train" else stage.test_images]
+    pixels = read_images([path for path, _ in files], stage.side, watch)
+    return Images(pixels, torch.tensor([label for _, label in files]), list(found.class_names))
+
+
+def read_images(paths: list[Path], side: int, watch: Watch = unwatched) -> Tensor:  # (N, 3, side, side) uint8, RGB
+    """Decode images in threads, each as `read_image` does; raises Refused where some cannot be read or do not fit."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    shape = torch.Size((len(paths), 3, side, side))
+    check_memory(shape, torch.device("cpu"))
+    pixels, wrong = torch.empty(shape, dtype=torch.uint8), []
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(usable_cores()) as pool:  # of odd metadata, size
+        try:
+            read = pool.map(functools.partial(read_image, side=side), paths)
+            for row, path, image in zip(pixels, watch(paths, "reading images"), read):
+                if isinstance(image, Tensor):
+                    row.copy_(image)
+                else:
+                    wrong.append(f"{path}: {image}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # else a signal would wait for all of them
+    if wrong:
+        raise Refused(f"{len(wrong):,} of {count(len(paths), 'image')} cannot be read: {'; '.join(wrong[:3])}")
+    return pixels
+
+
+def read_image(path: Path, side: int) -> Tensor | str:  # (3, side, side) uint8, RGB
+    """Return the middle square of an image, resized with antialiasing, or why it cannot be had.
+
+    It is turned as its EXIF data say; what is transparent is laid over white; a colour profile is not looked at.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            if image.mode.startswith(("I", "F")) or any(";16" in str(tile.args) for tile in image.tile):
+                return "more than 8 bits a channel"
+            image.draft(image.mode, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    except UnidentifiedImageError:
+        return "no image, or of a kind that is not known here"
+    except Exception as error:  # every decoder has its own
+        return " ".join(f"{getattr(error, 'strerror', None) or error}".split()) or type(error).__name__
+
+
+def check_memory(shape: torch.Size, device: torch.device) -> None:
+    """Raise Refused unless so many images fit into the memory of a device."""
+    on_host = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    needed, free = shape.numel(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_host
+    if needed > free:
+        n, _, *sides = shape
+        words = f"{count(n, 'image')} of {' x '.join(map(str, sides))} pixels take {needed / 2**20:,.0f} MiB"
+        raise Refused(f"{words}, {free / 2**20:,.0f} MiB are free on the {device.type}: lower side or train_images")
 
 
 # Shapes by u and v, the coordinates from a shape's centre in units of its half size, each its own mirror image.
@@ -596,14 +814,14 @@ def synthetic_images(n: int, train: bool) -> Images:
 def random_images(stage: Stage, n: int) -> Images:
     """Return `n` images and labels that mean nothing, of the stage's kind."""
     drawn = functools.partial(torch.randint, generator=torch.Generator().manual_seed(0))
-    return Images(drawn(256, (n, 3, SIDE, SIDE), dtype=torch.uint8), drawn(stage.classes, (n,)), [])
+    return Images(drawn(256, (n, 3, stage.side, stage.side), dtype=torch.uint8), drawn(stage.classes, (n,)), [])
 
 
-def images_at_hand(stage: Stage, data: Path) -> tuple[Images, str]:
-    """Return a stage's test images if they are there, else random ones, and what they are."""
-    here = all((data / "cifar-100-python" / name).exists() for name in ("train", "test", "meta"))
-    if stage.dataset != "cifar100" or here:
-        return load_images(stage, data, train=False), "test images"
+def images_at_hand(stage: Stage, data: Path, watch: Watch) -> tuple[Images, str]:
+    """Return the images that a stage's epochs were tested on if they are there, else random ones, and what they are."""
+    names = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
+    if stage.dataset == "synthetic" or (data / names.get(stage.dataset, stage.dataset.removeprefix(FOLDER))).is_dir():
+        return load_images(stage, data, "validation", watch), f"{stage.tested_on} images"
     return random_images(stage, 1000), "random images"
 
 
@@ -660,7 +878,7 @@ def plan_epoch(stage: Stage, epoch: int) -> Augmentation:
     brightness, contrast = (1 + jitter * (2 * uniform(samples) - 1) for _ in range(2))
     area = torch.tensor([v.area for v in views])[view]
     log_aspect = torch.tensor([v.aspect for v in views]).log()[view]
-    box = random_boxes(area, log_aspect, uniform)
+    box = random_boxes(area, log_aspect, uniform, stage.side)
     flip = uniform(samples) < 0.5
     plan = Augmentation(order % size, brightness, contrast, *box, flip)
     return plan.each(lambda t: t.view(stage.steps_per_epoch, stage.batch_size))
@@ -670,16 +888,17 @@ def random_boxes(
     area: Tensor,  # (N, 2) least and greatest share of the image
     log_aspect: Tensor,  # (N, 2) least and greatest log(width / height)
     uniform: Callable[..., Tensor],
+    side: int,  # of the images
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # top, left, height, width: each (N,), whole pixels
     """Draw crops as torchvision's RandomResizedCrop does: the first of ten tries that fits, else the whole image."""
     n, tries = len(area), 10
-    tried_area = SIDE**2 * torch.lerp(area[:, :1], area[:, 1:], uniform(n, tries))
+    tried_area = side**2 * torch.lerp(area[:, :1], area[:, 1:], uniform(n, tries))
     tried_aspect = torch.lerp(log_aspect[:, :1], log_aspect[:, 1:], uniform(n, tries)).exp()
     width, height = (tried_area * tried_aspect).sqrt().round(), (tried_area / tried_aspect).sqrt().round()
-    fits = (width > 0) & (width <= SIDE) & (height > 0) & (height <= SIDE)
+    fits = (width > 0) & (width <= side) & (height > 0) & (height <= side)
     first = fits.int().argmax(1, keepdim=True)  # 0 where none fits
-    width, height = (torch.where(fits, side, SIDE).gather(1, first).squeeze(1) for side in (width, height))
-    top, left = ((uniform(n) * (SIDE - side + 1)).floor() for side in (height, width))
+    width, height = (torch.where(fits, length, side).gather(1, first).squeeze(1) for length in (width, height))
+    top, left = ((uniform(n) * (side - length + 1)).floor() for length in (height, width))
     return top, left, height, width
 
 
@@ -694,7 +913,9 @@ def augment(
     # differs from torchvision's ColorJitter: contrast always after brightness, never before. The two commute but for
     # values that saturate in between.
     images = (contrast * images + (1 - contrast) * grey).clamp(0, 1)
-    rows, columns = resampling_weights(how.top, how.height), resampling_weights(how.left, how.width)
+    height, width = images.shape[2:]
+    rows = resampling_weights(how.top, how.height, height)
+    columns = resampling_weights(how.left, how.width, width)
     columns = torch.where(how.flip.view(-1, 1, 1), columns.flip(1), columns)
     return normalize(rows[:, None] @ images @ columns[:, None].mT)  # rows and columns are resampled apart
 
@@ -702,17 +923,18 @@ def augment(
 def resampling_weights(
     start: Tensor,  # (N,) first pixel of the crop
     length: Tensor,  # (N,) pixels of the crop
-) -> Tensor:  # (N, SIDE out, SIDE in)
-    """Return what each output pixel takes of each input pixel when the crop is stretched to SIDE pixels."""
-    grid = torch.arange(SIDE, device=start.device, dtype=torch.float32)
+    side: int,  # of the image
+) -> Tensor:  # (N, side out, side in)
+    """Return what each output pixel takes of each input pixel when the crop is stretched to the whole."""
+    grid = torch.arange(side, device=start.device, dtype=torch.float32)
     start, length = start[:, None], length[:, None]
-    source = ((grid + 0.5) * (length / SIDE) - 0.5).clamp(min=0)  # (N, SIDE out), from the crop's first pixel centre
+    source = ((grid + 0.5) * (length / side) - 0.5).clamp(min=0)  # (N, side out), from the crop's first pixel centre
     source = start + torch.minimum(source, length - 1)
     return (1 - (source[..., None] - grid).abs()).clamp(min=0)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to mean 0 and variance 1 over CIFAR-100; channels_last."""
+    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to mean 0 and variance 1, over CIFAR-100; channels_last."""
     mean, std = per_channel(MEAN, images.device), per_channel(STD, images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -724,7 +946,7 @@ def per_channel(values: tuple[float, float, float], device: torch.device) -> Ten
 
 
 # ---------------------------------------------------------------------------------------------------------- Networks
-# EfficientNet [4] at 32 x 32 with a cosine classifier [1, 3].
+# EfficientNet [4] with a cosine classifier [1, 3], at 32 x 32 with fewer strides.
 
 
 class Multipliers(NamedTuple):
@@ -732,23 +954,34 @@ class Multipliers(NamedTuple):
     depth: float  # of repeats
 
 
+FAMILY = "efficientnet_"
 NETWORKS = {
     "efficientnet_b0": Multipliers(1.0, 1.0),
     "efficientnet_b3": Multipliers(1.2, 1.4),
     "efficientnet_ex": Multipliers(0.8, 0.8),
     "efficientnet_exx": Multipliers(0.8, 0.7),
 }
-BLOCKS = [  # expansion, channels, repeats, stride of the first, kernel [4, table 1, with fewer strides, for 32 x 32]
-    (1, 16, 1, 1, 3),
-    (6, 24, 2, 1, 3),
-    (6, 40, 2, 2, 5),
-    (6, 80, 3, 1, 3),
-    (6, 112, 3, 1, 5),
-    (6, 192, 4, 2, 5),
-    (6, 320, 1, 1, 3),
-]
-
+ALWAYS, NEVER = 0, max(SIDES)
+BLOCKS = [  # expansion, channels, repeats, side of the images above which the first one has a stride of 2, kernel
+    (1, 16, 1, NEVER, 3),
+    (6, 24, 2, 64, 3),
+    (6, 40, 2, ALWAYS, 5),
+    (6, 80, 3, 128, 3),
+    (6, 112, 3, NEVER, 5),
+    (6, 192, 4, ALWAYS, 5),
+    (6, 320, 1, NEVER, 3),
+]  # [4, table 1], whose strides, the stem's first, come back as images grow: the last map has 8 x 8 values or less
 STEM, HEAD, EMBEDDING = 32, 1280, 200  # channels, channels, dimensions
+
+
+def find_network(name: Any) -> str | None:
+    """Return the whole name of one of `NETWORKS`, by itself or without its family's."""
+    return next((full for full in NETWORKS if name in (full, short(full))), None)
+
+
+def short(network: str) -> str:
+    """Return a network's name without its family's."""
+    return network.removeprefix(FAMILY)
 
 
 def scaled_channels(channels: int, width: float) -> int:
@@ -824,21 +1057,23 @@ class Cosine(nn.Module):
 
 
 class EfficientNet(nn.Sequential):
-    """Normalised images (N, 3, 32, 32) to cosines (N, K)."""
+    """Normalised images (N, 3, side, side) to cosines (N, K)."""
 
-    def __init__(self, classes: int, width: float, depth: float, stochastic_depth: float = 0.0) -> None:
+    def __init__(
+        self, classes: int, width: float, depth: float, stochastic_depth: float = 0.0, side: int = SIDE
+    ) -> None:
         super().__init__()
-        channels, head = scaled_channels(STEM, width), scaled_channels(HEAD, width)
-        self.stem = nn.Sequential(*convolution(3, channels, 3), batch_norm(channels), nn.SiLU())
+        self.side, stride = side, 1 + (side > SIDE)
+        channels, head, last = scaled_channels(STEM, width), scaled_channels(HEAD, width), side // stride
+        self.stem = nn.Sequential(*convolution(3, channels, 3, stride), batch_norm(channels), nn.SiLU())
         self.blocks = nn.Sequential()
-        for expansion, base, repeats, stride, kernel in BLOCKS:
-            outputs = scaled_channels(base, width)
+        for expansion, base, repeats, above, kernel in BLOCKS:
+            outputs, stride = scaled_channels(base, width), 1 + (side > above)
             for repeat in range(math.ceil(repeats * depth)):
-                first = stride if repeat == 0 else 1
-                self.blocks.append(MBConv(channels, outputs, expansion, kernel, first, stochastic_depth))
-                channels = outputs
+                self.blocks.append(MBConv(channels, outputs, expansion, kernel, stride, stochastic_depth))
+                channels, last, stride = outputs, last // stride, 1
         self.head = nn.Sequential(*convolution(channels, head, 1), batch_norm(head), nn.SiLU())
-        self.pool, self.flatten = nn.AvgPool2d(8), nn.Flatten()
+        self.pool, self.flatten = nn.AvgPool2d(last), nn.Flatten()
         self.embedding, self.cosine = nn.Linear(head, EMBEDDING), Cosine(EMBEDDING, classes)
         self.apply(initialize)
 
@@ -856,12 +1091,22 @@ def initialize(module: nn.Module) -> None:
 
 
 def build_network(
-    name: str, classes: int = 100, width: float | None = None, depth: float | None = None, stochastic_depth: float = 0.0
+    name: str,
+    classes: int = 100,
+    width: float | None = None,
+    depth: float | None = None,
+    stochastic_depth: float = 0.0,
+    side: int = SIDE,
 ) -> EfficientNet:
     """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
     own = NETWORKS[name]
-    network = EfficientNet(classes, width or own.width, depth or own.depth, stochastic_depth)
+    network = EfficientNet(classes, width or own.width, depth or own.depth, stochastic_depth, side)
     return network.to(memory_format=torch.channels_last)
+
+
+def stage_network(stage: Stage, stochastic_depth: float = 0.0) -> EfficientNet:
+    """Build the network that a stage trains."""
+    return build_network(stage.network, stage.classes, stage.width, stage.depth, stochastic_depth, stage.side)
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -1004,7 +1249,8 @@ def operations(network: nn.Module) -> list[Operation]:
     tracer.is_leaf_module = lambda module, name: not list(module.children())
     graph = tracer.trace(network.eval())
     weight = next(network.parameters())
-    image = torch.zeros(1, 3, SIDE, SIDE, device=weight.device, dtype=weight.dtype)
+    side = getattr(network, "side", SIDE)
+    image = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         ShapeProp(GraphModule(network, graph)).propagate(image)
     found: list[Operation] = []
@@ -1132,13 +1378,13 @@ def total_cost(costs: Collection[Cost]) -> Cost:
 # ------------------------------------------------------------------------------------------------------------- Files
 # A checkpoint in and out: safetensors whose one metadata key is sorted JSON, an object with the fields of `Metadata`.
 
-FORMAT = 3
+FORMAT = 4
 MOMENTUM = "momentum."  # before a parameter's name: its momentum
 HEADER = re.compile(rb'(?<=\\"header\\": \\")[0-9a-f]{64}(?=\\")')  # in the bytes of a file's header: its own digest
 
 
 class Record(NamedTuple):
-    """An epoch that is trained and tested: a line of log.jsonl."""
+    """An epoch that is trained and tested, on validation images where there are some: a line of log.jsonl."""
 
     epoch: int  # from 1
     lr: float  # of the last step
@@ -1152,7 +1398,7 @@ class Record(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """How the network of an epoch does on the test images."""
+    """How the network of an epoch does on the images that epochs are tested on."""
 
     epoch: int
     top1: float | None  # percent; None where it has not been measured
@@ -1192,6 +1438,16 @@ class Origin(NamedTuple):
     file: str  # its name
     sha256: str  # of the file, or of the tensors of a checkpoint
     top1: float | None = None  # of the exported network, percent
+    scale: float | None = None  # of its outputs before softmax, for the checkpoint's probabilities on average
+
+
+class Input(NamedTuple):
+    """What an exported network expects: the middle square of an image, (value / 255 - mean) / std."""
+
+    side: int  # pixels in height and width
+    order: str  # RGB
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -1207,9 +1463,11 @@ class Metadata:
     teacher: Teacher | None = None
     cost: Cost | None = None  # by the seed's rules
     facts: Facts | None = None
+    images: str | None = None  # SHA-256 of what it was trained and tested on
     scaler: dict[str, Any] | None = None  # the loss scale of fp16
     best_network: str | None = None  # SHA-256 of the best epoch's tensors
     exported: Origin | None = None
+    input: Input | None = None  # of an exported network
     imported: Origin | None = None
     micronet: str = __version__
     format: int = FORMAT
@@ -1234,10 +1492,12 @@ class Metadata:
             "last": not n or self.last == tested[-1],
             "best": 1 <= self.best.epoch <= self.last.epoch and (not n or self.best in tested),
             "class_names": len(self.class_names) == (0 if self.imported else self.stage.classes),
+            "stage.folder": self.stage.dataset.startswith(FOLDER) == (self.stage.folder is not None),
             "teacher": bool(self.imported) or (self.teacher is None) == (self.stage.teacher is None),
             "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
-            "cost": (self.cost and self.facts) is not None or not n,
+            "cost": (self.cost and self.facts and self.images) is not None or not n,
             "best_network": self.best_network is None or n > 0,
+            "input": (self.input and self.input.side) == (self.exported and self.stage.side),
         }
         if wrong := [name for name in sound if not sound[name]]:
             raise ValueError(f"metadata.{wrong[0]} contradicts the rest")
@@ -1271,8 +1531,11 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if kind is Any or kind in (int, str) and type(value) is kind or kind is float and is_number(value):
         return value
     if kind is Stage and isinstance(value, dict) and isinstance(value.get("name"), str):
-        table = {key: item for key, item in value.items() if key != "name" and item is not None}
-        return stage_from("stage", value["name"], table, {})
+        table = {key: item for key, item in value.items() if key not in ("name", "folder") and item is not None}
+        folder = typed(Dataset | None, value.get("folder"), f"{name}.folder")
+        if folder and not (folder.classes == len(set(folder.class_names)) > 1 <= min(folder.train, folder.test)):
+            raise ValueError(f"{name}.folder contradicts itself")
+        return stage_from("stage", value["name"], checked_table("stage", table), lambda name: folder)
     if isinstance(kind, type) and isinstance(value, dict) and value.keys() == kind.__annotations__.keys():
         kinds = type_hints(kind)
         return kind(**{field: typed(kinds[field], item, f"{name}.{field}") for field, item in value.items()})
@@ -1284,12 +1547,17 @@ def read_metadata(path: Path | str) -> Metadata:
 
     Raises Refused where the file is missing, is no checkpoint of this program, or a bit of its header has changed.
     """
-    return parse_header(Path(path), *read_beginning(Path(path), MOST_HEADER))
+    return parse_header(Path(path), *read_beginning(checkpoint_file(path), MOST_HEADER))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     """Return tensors (on the CPU) and metadata of a checkpoint; raises Refused if a single bit has changed."""
-    return parse_checkpoint(path, read_beginning(path, MOST)[0])
+    return parse_checkpoint(path, read_beginning(checkpoint_file(path), MOST)[0])
+
+
+def checkpoint_file(path: Path | str) -> Path:
+    """Return the file of a checkpoint, for which its stage's folder may stand."""
+    return best_path(Path(path)) if Path(path).is_dir() else Path(path)
 
 
 MOST_HEADER, MOST = 2**22, 2**31  # bytes: a header has 300 an epoch, and no network comes near the other
@@ -1319,10 +1587,19 @@ def parse_header(path: Path, content: bytes, size: int) -> Metadata:
             raise ValueError
     except (struct.error, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError):
         raise Refused(f"{path}: not a checkpoint of micronet, or cut short") from None
+    if (
+        isinstance(about, dict)
+        and about.get("format") == FORMAT
+        and about.get("header") != header_digest(content[:length])
+    ):
+        raise Refused(f"{path}: damaged: its SHA-256 does not match its header")
+    return parse_metadata(path, about)
+
+
+def parse_metadata(path: Path, about: Any) -> Metadata:
+    """Return the metadata that `plain` has made this of; raises Refused."""
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise Refused(f"{path}: expected a checkpoint of format {FORMAT}")
-    if about.get("header") != header_digest(content[:length]):
-        raise Refused(f"{path}: damaged: its SHA-256 does not match its header")
     try:
         metadata = typed(Metadata, about, "metadata")
         metadata.check()
@@ -1453,7 +1730,7 @@ def write_output(target: Path, content: bytes) -> None:
 def load_network(path: Path | str) -> EfficientNet:
     """Return the network of a checkpoint in evaluation mode, on the CPU and in float32.
 
-    Called with normalised images (N, 3, 32, 32) it returns cosines (N, K); an exported one returns cosines times a
+    Called with normalised images (N, 3, side, side) it returns cosines (N, K); an exported one returns cosines times a
     positive factor of the image's own. Raises Refused.
     """
     return network_from(Path(path), *load_checkpoint(Path(path)))
@@ -1461,8 +1738,7 @@ def load_network(path: Path | str) -> EfficientNet:
 
 def network_from(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> EfficientNet:
     """Build the network that the metadata describe and fill it with the tensors."""
-    stage = metadata.stage
-    network = build_network(stage.network, stage.classes, stage.width, stage.depth)
+    network = stage_network(metadata.stage)
     if metadata.exported:
         fold_network(network)
     fill_network(path, network, tensors)
@@ -1534,7 +1810,7 @@ def best_path(folder: Path) -> Path:
 
 def teacher_path(stage: Stage, ckpt: Path) -> Path:
     """Return where the checkpoint of a stage's teacher is kept."""
-    return Path(stage.teacher) if is_path(stage.teacher) else best_path(ckpt / stage.teacher)
+    return checkpoint_file(stage.teacher) if is_path(stage.teacher) else best_path(ckpt / stage.teacher)
 
 
 class State(NamedTuple):
@@ -1606,13 +1882,16 @@ def kept_as(stage: Stage, state: State | None, ckpt: Path) -> Kept:
     return replace(kept, state="failed", failure=failure)
 
 
-def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path) -> list[Kept]:
-    """Return the named stages and the teachers that those still to train need, each after its teacher."""
+def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, anew: bool) -> list[Kept]:
+    """Return the named stages and the teachers that those still to train need, each after its teacher.
+
+    Named ones are to train `anew`, whatever they have kept.
+    """
     chain: dict[str, Kept] = {}
 
     def add(stage: Stage) -> None:
         if stage.name not in chain:
-            kept = read_kept(stage, ckpt)
+            kept = Kept(stage) if anew and stage.name in names else read_kept(stage, ckpt)
             if not kept.is_finished and stage.teacher in stages:
                 add(stages[stage.teacher])
             chain[stage.name] = kept
@@ -1686,9 +1965,9 @@ def find_teacher(stage: Stage, ckpt: Path) -> tuple[Path, Metadata]:
         raise Misconfigured(f"stage {stage.name}: its teacher {path} is exported, with no cosines: name its checkpoint")
     if state and about.stage.name == state.metadata.stage.name and not Kept(about.stage, state.metadata).is_finished:
         raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
-    if (about.stage.classes, about.stage.scale) != (stage.classes, stage.scale):
-        found = f"a network of {about.stage.classes} classes at scale {about.stage.scale}"
-        raise Refused(f"{path}: {found}: stage {stage.name} expects {stage.classes} classes at scale {stage.scale}")
+    if name := differing(stage, about.stage):
+        own, found = (shown(getattr(s, name)) for s in (stage, about.stage))
+        raise Refused(f"{path}: {name} = {found}: expected {own}, as stage {stage.name} has it")
     return path, about
 
 
@@ -1873,11 +2152,11 @@ def set_aside(folder: Path) -> Path | None:
 
 def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
     """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and a checkpoint's accuracy."""
-    if name in NETWORKS:
-        network, top1 = build_network(name), None
+    if full := find_network(name):
+        name, network, top1, scored = full, build_network(full), None, True
     elif is_path(name):
-        tensors, metadata = load_checkpoint(Path(name))
-        network, top1 = network_from(Path(name), tensors, metadata), metadata.tested.top1
+        tensors, about = load_checkpoint(Path(name))
+        network, top1, scored = network_from(Path(name), tensors, about), about.tested.top1, about.stage.is_scored
     else:
         raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
     kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in operations(network)}
@@ -1885,16 +2164,25 @@ def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, 
     for rules in counts:
         costs = layer_costs(network, rules)
         cost = total_cost(costs.values())
-        derived = {name: getattr(cost, name) for name in ("ops", "ops_32bit", "score", "score_32bit")}
-        results.append({"name": name, "rules": rules, **cost._asdict(), **derived, "top1": top1})
+        scores = {name: getattr(cost, name) if scored else None for name in ("score", "score_32bit")}
+        derived = {"ops": cost.ops, "ops_32bit": cost.ops_32bit, **scores, "top1": top1}
+        results.append({"name": name, "rules": rules, **cost._asdict(), **derived})
         if layers:
-            rows = [{"layer": n, "kind": kinds[n], **c._asdict(), "score": c.score} for n, c in costs.items()]
-            results[-1]["layers"] = rows
+            results[-1]["layers"] = [
+                {
+                    "layer": layer,
+                    "kind": kinds[layer],
+                    **c._asdict(),
+                    "ops": c.ops,
+                    "score": c.score if scored else None,
+                }
+                for layer, c in costs.items()
+            ]
     return results
 
 
 class Shipped(nn.Module):
-    """A folded network that keeps its weights at 16 bits and computes with 32: (N, 3, 32, 32) to (N, K)."""
+    """A folded network that keeps its weights at 16 bits and computes with 32: (N, 3, side, side) to (N, K)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -1909,32 +2197,42 @@ class Shipped(nn.Module):
 EXPORTS = (".safetensors", ".onnx", ".pt2")
 
 
-def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch) -> dict[str, Any]:
+def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: bool) -> dict[str, Any]:
     """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
 
-    On the test images where they are at hand, on random images where not. Raises Failure, and then writes nothing.
+    On the test images where they are at hand, on random images where not. A `card` is written beside it, with a list
+    of classes. Raises Failure, and then writes nothing.
     """
     check_export(out)
+    path = checkpoint_file(path)
     tensors, about = load_checkpoint(path)
+    labels, readme = out.with_name("labels.txt"), out.with_name("README.md")
+    names = "".join(f"{name}\n" for name in about.class_names)
+    if card:
+        check_output(labels, older=rf"\A{re.escape(names)}\Z")
+        check_output(readme, older=f"{CARD_TAG}")
     if about.exported:
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
     network = network_from(path, tensors, about)
     folded = fold_network(copy.deepcopy(network).double()).float()
     stage, cost = about.stage, total_cost(layer_costs(folded, "official").values())
     rounded = copy.deepcopy(folded).half().float()
-    images, on = images_at_hand(stage, data)
+    images, on = images_at_hand(stage, data, watch)
     before, ours, predicted = (outputs(path, n, images, watch) for n in (network, folded, rounded))
 
     def top1(cosines: Tensor) -> float | None:
         hits = int((cosines.argmax(1) == images.labels).sum())
-        return 100 * hits / len(cosines) if on == "test images" else None
+        return None if on == "random images" else 100 * hits / len(cosines)
 
-    origin = Origin(path.name, about.tensors, top1(predicted))
-    explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
+    # folded, cosines come times the length of the embedding, which differs from image to image
+    scale = stage.scale * (before.norm() / ours.norm()).item() if on != "random images" else None
+    origin, expected = Origin(path.name, about.tensors, top1(predicted), scale), Input(stage.side, "RGB", MEAN, STD)
+    about = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None)
+    explained = replace(about, exported=origin, input=expected)
     content, computes = export_network(out, folded, explained)
     after = outputs(out, computes, images, watch)
     write_output(out, content)
-    return {
+    result = {
         "file": str(out),
         "bytes": len(content),
         "counted_bytes": cost.bytes,
@@ -1945,16 +2243,118 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch) -> dict[s
         "largest": ours.abs().max().item(),
         "top1_before": top1(before),
         "top1": top1(after),
-        "score": cost.score,
+        "score": cost.score if stage.is_scored else None,
     }
+    if card:
+        write_output(readme, model_card(out, explained, cost, result).encode())
+        if names:
+            write_output(labels, names.encode())
+    return result
+
+
+CARD_TAG = "library_name: micronet"
+LOADING = {
+    ".safetensors": "from micronet import load_network\n\noutputs = load_network({!r})(images)",
+    ".pt2": "import torch\n\noutputs = torch.export.load({!r}).module()(images)",
+    ".onnx": "import onnxruntime\n\noutputs = onnxruntime.InferenceSession({!r}).run(None, {{'images': images}})[0]",
+}
+
+
+def model_card(out: Path, about: Metadata, cost: Cost, result: dict[str, Any]) -> str:
+    """Return the model card of an export, in the format of the Hugging Face hub (YAML, of which JSON is a part)."""
+    stage, top1, scale, size = about.stage, result["top1"], about.exported.scale, about.input.side
+    on, score = (
+        f"{result['images']:,} {result['on']}",
+        "" if result["score"] is None else f"| MicroNet score | {result['score']:.4f} |\n",
+    )
+    tested: dict[str, Any] = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": stage.dataset, "type": stage.dataset},
+    }
+    tested["metrics"] = [{"type": "accuracy", "name": f"top-1, percent of {on}", "value": top1}]
+    index = "" if top1 is None else f"model-index: {json.dumps([{'name': stage.name, 'results': [tested]}])}\n"
+    taught = f", taught by {about.teacher.stage} ({percent(about.teacher.tested.top1)})" if about.teacher else ""
+    softmax = f" Softmax of {scale:.4g} x the outputs gives about the probabilities of training." if scale else ""
+    return f"""---
+{CARD_TAG}
+pipeline_tag: image-classification
+tags: [efficientnet]
+{index}---
+# {stage.name}
+
+{stage.network} for {stage.classes} classes, trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}.
+
+| | |
+|---|---|
+| top-1 of {out.name} | {"not measured" if top1 is None else f"{percent(top1)} of {on}, on which its epoch was chosen"} |
+| parameters | {cost.params:,} |
+| multiply-accumulates | {cost.flops:,} |
+| operations, a multiplication of 16 bits counting half | {cost.ops:,.0f} |
+| bytes | {result["bytes"]:,} |
+{score}
+**Input** (N, 3, {size}, {size}) float32: the middle square of an image, turned as its EXIF data say and resized with
+antialiasing; {about.input.order}; (value / 255 - mean) / std with mean {list(MEAN)} and std {list(STD)}.
+
+**Output** (N, {stage.classes}): the largest is the class, in the order of labels.txt.{softmax}
+
+```python
+{LOADING[out.suffix].format(out.name)}
+```
+"""
+
+
+def predict_images(path: Path, paths: list[Path], watch: Watch) -> list[dict[str, Any]]:
+    """Return the three likeliest classes on images and their probabilities, None where an export has no scale."""
+    network, about = open_network(path)
+    images = Images(read_images(paths, about.stage.side, watch), torch.zeros(len(paths)), [])
+    scale = about.exported.scale if about.exported else about.stage.scale
+    names = about.class_names or [str(k) for k in range(about.stage.classes)]
+    results = []
+    for each, found in zip(paths, outputs(path, network, images, unwatched)):
+        likeliest = found.topk(min(3, len(names))).indices.tolist()
+        probabilities = (found * scale).softmax(0).tolist() if scale else dict.fromkeys(likeliest)
+        classes = [{"class": names[k], "probability": probabilities[k]} for k in likeliest]
+        results.append({"image": str(each), "classes": classes})
+    return results
+
+
+def open_network(path: Path) -> tuple[Callable[[Tensor], Tensor], Metadata]:
+    """Return what a checkpoint or an export computes and what explains it; raises Failure."""
+    if path.suffix == ".pt2":
+        raise Misconfigured(f"{path}: loading a .pt2 runs what is in it: expected a checkpoint, .safetensors or .onnx")
+    if path.suffix != ".onnx":
+        tensors, about = load_checkpoint(path)
+        return network_from(path, tensors, about), about
+    check_packages(path, "onnxruntime")
+    computes, explained = open_onnx(path, read_beginning(path, MOST)[0])
+    try:
+        return computes, parse_metadata(path, json.loads(explained, object_pairs_hook=once))
+    except ValueError:
+        raise Refused(f"{path}: not exported by micronet") from None
+
+
+def open_onnx(path: Path, content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
+    """Return what onnxruntime makes of an ONNX file and the metadata in there, or nothing; raises Refused."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of which onnxruntime has many
+        raise Refused(f"{path}: {' '.join(str(error).split())[:200]}") from None
+
+    def computes(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+
+    return computes, session.get_modelmeta().custom_metadata_map.get("micronet", "")
 
 
 def outputs(path: Path, network: Callable[[Tensor], Tensor], images: Images, watch: Watch) -> Tensor:  # (N, K)
-    """Return what a network makes of images; raises Refused where that is not finite."""
+    """Return what a network in evaluation mode makes of images; raises Refused where that is not finite."""
+    batches = watch(images.batches(), f"testing {path}")
     with torch.no_grad():
-        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels in watch(images.pixels.split(250))])
+        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels, _ in batches])
     if not found.isfinite().all():
-        raise Refused(f"{path}: its outputs are not finite, as 16-bit weights or before: expected finite ones")
+        raise Refused(f"{path}: its outputs are not finite, at 16 bits or before: expected finite ones")
     return found
 
 
@@ -1964,9 +2364,14 @@ def check_export(target: Path) -> None:
         raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
     check_output(target, older=r'\\?"exported\\?": {')
     if target.suffix == ".onnx":
-        for package in ("onnxscript", "onnxruntime"):  # torch.onnx needs the first, the comparison the second
-            if importlib.util.find_spec(package) is None:
-                raise Misconfigured(f"{target}: the package {package} is missing: uv sync --extra onnx")
+        check_packages(target, "onnxscript", "onnxruntime")  # torch.onnx needs the first, the comparison the second
+
+
+def check_packages(path: Path, *packages: str) -> None:
+    """Raise Misconfigured where a package is missing that an ONNX file needs."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise Misconfigured(f"{path}: the package {package} is missing: uv sync --extra onnx")
 
 
 def export_network(path: Path, network: nn.Module, metadata: Metadata) -> tuple[bytes, Callable[[Tensor], Tensor]]:
@@ -1974,23 +2379,20 @@ def export_network(path: Path, network: nn.Module, metadata: Metadata) -> tuple[
     if path.suffix == ".safetensors":
         content = to_bytes(network.half().state_dict(), metadata)[0]
         return content, network_from(path, *parse_checkpoint(path, content))
-    example = torch.zeros(2, 3, SIDE, SIDE)
+    example = torch.zeros(2, 3, network.side, network.side)
     batch = {0: torch.export.Dim("N", min=1)}
     explained = json.dumps(plain(metadata), sort_keys=True)
     if path.suffix == ".onnx":
-        return export_onnx(Shipped(network), example, batch, explained)
+        content = export_onnx(Shipped(network), example, batch, explained)
+        return content, open_onnx(path, content)[0]
     program, buffer = torch.export.export(Shipped(network), (example,), dynamic_shapes=(batch,)), io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tensors that are views
         torch.export.save(program, buffer, extra_files={"micronet": explained})
     return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
-def export_onnx(
-    shipped: Shipped, example: Tensor, batch: dict[int, Any], explained: str
-) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    """Return an ONNX file, `images` (N, 3, 32, 32) to `logits` (N, K), and what onnxruntime makes of it."""
-    import onnxruntime
-
+def export_onnx(shipped: Shipped, example: Tensor, batch: dict[int, Any], explained: str) -> bytes:
+    """Return an ONNX file, `images` (N, 3, side, side) to `logits` (N, K)."""
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
     # optimize=False, as constant folding would make the weights 32 bits wide
     program = torch.onnx.export(shipped, (example,), dynamo=True, optimize=False, verbose=False, **names)
@@ -2000,9 +2402,7 @@ def export_onnx(
     for value in model.graph.value_info:
         value.ClearField("metadata_props")
     model.metadata_props.add(key="micronet", value=explained)
-    content = model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+    return model.SerializeToString()
 
 
 def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
@@ -2148,6 +2548,7 @@ class Run:
     model: nn.Module  # the student as accelerate prepared it: autocast, DDP, compiled
     cost: Cost
     facts: Facts
+    images: str = ""  # SHA-256 of those of `train` and `test`
     teacher: nn.Module | None = None
     taught_by: Teacher | None = None
     history: list[Record] = field(default_factory=list)
@@ -2311,22 +2712,20 @@ class Accuracy(NamedTuple):
     loss: float  # mean cross-entropy of softmax(scale * cosines) against the true labels
 
 
-Watch = Callable[[Collection[Any]], Iterable[Any]]  # shows how far a loop over something has come
-
-
-def evaluate(
-    network: nn.Module, images: Images, scale: float, watch: Watch = iter
-) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
+def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
     """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
     totals = torch.zeros(3, device=images.labels.device)
     network.eval()
     with torch.no_grad():
-        for pixels, labels in watch(list(zip(images.pixels.split(250), images.labels.split(250)))):
-            cosines = network(normalize(pixels.float() / 255))
-            hits = cosines.topk(5).indices == labels[:, None]  # (N, 5)
-            loss = F.cross_entropy(scale * cosines, labels, reduction="sum")
-            totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+        for pixels, labels in images.batches():
+            totals += tally(network(normalize(pixels.float() / 255)), labels, scale)
     return totals
+
+
+def tally(cosines: Tensor, labels: Tensor, scale: float) -> Tensor:  # (3,) as `evaluate`
+    """Count how often the true class is the likeliest, and one of the five that are, and sum the loss up."""
+    hits = cosines.topk(min(5, cosines.shape[1])).indices == labels[:, None]  # (N, 5)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(scale * cosines, labels, reduction="sum")])
 
 
 def accuracy(totals: Tensor, images: int) -> Accuracy:
@@ -2335,21 +2734,37 @@ def accuracy(totals: Tensor, images: int) -> Accuracy:
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
 
 
-def evaluate_checkpoint(path: Path, data: Path, precision: Precision, watch: Watch) -> dict[str, Any]:
-    """Return how a checkpoint does, on a GPU if there is one; raises Refused."""
+def evaluate_checkpoint(path: Path, data: Path, precision: Precision, watch: Watch, classes: bool) -> dict[str, Any]:
+    """Return how a checkpoint does, on every class if `classes`, on a GPU if there is one; raises Refused."""
     tensors, about = load_checkpoint(path)
     stage, network = about.stage, network_from(path, tensors, about)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = load_images(stage, data, train=False).to(device)
+    images = load_images(stage, data, "test", watch).to(device)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
-        tested = accuracy(evaluate(network.to(device), images, stage.scale, watch), stage.test_size)
-    if not math.isfinite(tested.loss):
-        raise Refused(f"{path}: its outputs in {precision} are not finite: expected finite ones")
+        cosines = outputs(path, network.to(device), images, watch)
+    tested = accuracy(tally(cosines, images.labels, stage.scale), len(images.labels))
     if about.exported:  # its outputs are no cosines, so that a loss of them has no meaning
         tested = tested._replace(loss=None)
-    found = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": stage.test_size}
-    return found | {"precision": precision, **tested._asdict()}
+    found = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": len(images.labels)}
+    found |= {"precision": precision, **tested._asdict()}
+    return found | ({"classes": class_results(cosines.argmax(1), images)} if classes else {})
+
+
+def class_results(
+    predicted: Tensor,  # (N,)
+    images: Images,
+) -> list[dict[str, Any]]:
+    """Return the accuracy on every class that has images and what it is most often taken for, the worst first."""
+    k = len(images.class_names)
+    matrix = torch.bincount(images.labels * k + predicted, minlength=k * k).view(k, k).tolist()
+    results = []
+    for i, row in enumerate(matrix):
+        if total := sum(row):
+            times, j = max((n, -j) for j, n in enumerate(row) if j != i)
+            wrong = {"taken_for": images.class_names[-j] if times else None, "times": times}
+            results.append({"class": images.class_names[i], "images": total, "top1": 100 * row[i] / total, **wrong})
+    return sorted(results, key=operator.itemgetter("top1"))
 
 
 def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None) -> Accelerator:
@@ -2402,7 +2817,9 @@ def is_launched() -> bool:
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 
 
-def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, state: State | None) -> Run:
+def open_run(
+    stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, state: State | None, watch: Watch = unwatched
+) -> Run:
     """Put data, student, teacher and optimiser on the device, as a state left them or as the stage begins."""
     parts = accelerator.gradient_accumulation_steps * accelerator.num_processes
     if stage.batch_size % parts:
@@ -2411,15 +2828,31 @@ def open_run(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, sta
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
     teacher, taught_by = load_teacher(stage, ckpt, state)
-    train, test = (load_images(stage, data, part) for part in (True, False))  # one process downloads, see `download`
-
+    # one process downloads, see `download`
+    train, test = (load_images(stage, data, part, watch) for part in ("train", "validation"))
+    images = images_digest(train, test)
+    if (len(train.labels), len(test.labels)) != (stage.train_size, stage.test_size) or (
+        state and state.metadata.images != images
+    ):
+        raise Refused(
+            f"stage {stage.name}: the images of {stage.dataset} have changed since it began: restore them, or train it "
+            "anew with --restart"
+        )
     run = new_run(stage, accelerator, train, test)
+    run.images = images
     run.teacher, run.taught_by = place_teacher(teacher, accelerator) if teacher else None, taught_by
     if state:
         restore(run, state)
         if accelerator.is_main_process:
             go_on(run, ckpt / stage.name, state)
     return run
+
+
+def images_digest(train: Images, test: Images) -> str:
+    """Return the SHA-256, in hex, of pixels, labels and class names."""
+    parts = {"train": train, "test": test}
+    tensors = {f"{part}.{kind}": getattr(parts[part], kind) for part in parts for kind in ("pixels", "labels")}
+    return hashlib.sha256(f"{digest(tensors)} {train.class_names}".encode()).hexdigest()
 
 
 def go_on(run: Run, folder: Path, state: State) -> None:
@@ -2452,7 +2885,7 @@ def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images)
     """Return a run that begins: fresh weights, and no teacher yet."""
     device = accelerator.device
     torch.manual_seed(stream_seed(stage.seed, stage.name, "weights"))
-    student = build_network(stage.network, stage.classes, stage.width, stage.depth, stage.stochastic_depth)
+    student = stage_network(stage, stage.stochastic_depth)
     cost = total_cost(layer_costs(student, "seed").values())
     student.to(device)
     optimizer = torch.optim.SGD(
@@ -2506,6 +2939,7 @@ def explain(stage: Stage, run: Run) -> Metadata:
         teacher=run.taught_by,
         cost=run.cost,
         facts=run.facts,
+        images=run.images,
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         best_network=run.best_network,
     )
@@ -2641,13 +3075,12 @@ def bare_run(stage: Stage, stages: dict[str, Stage], data: Path | None, steps: i
     On random images where no `data` are named, and on no more than are needed.
     """
     needed = max(stage.batch_size, math.ceil(stage.batch_size * (WARM_UP + steps) / len(stage.views)))
-    stage = replace(stage, train_images=min(needed, DATASETS[stage.dataset].train))
-    images = load_images(stage, data, train=True) if data else random_images(stage, stage.train_size)
+    stage = replace(stage, train_images=min(needed, stage.data.train))
+    images = load_images(stage, data, "train") if data else random_images(stage, stage.train_size)
     run = new_run(stage, open_accelerator(), images, images)
     if stage.teacher:
         teacher = stages.get(stage.teacher) or read_metadata(Path(stage.teacher)).stage
-        network = build_network(teacher.network, teacher.classes, teacher.width, teacher.depth)
-        run.teacher = place_teacher(network, run.accelerator)
+        run.teacher = place_teacher(stage_network(teacher), run.accelerator)
     return stage, run
 
 
@@ -2766,7 +3199,8 @@ class Dashboard(Plain):
         later = left + sum(other.images_left for name, other in self.kept.items() if name != stage.name)
         history = self.kept[stage.name].history
         trained = f"loss {loss:.3f}  train top-1 {percent(100 * hits)}"
-        tested = f"lr {event.lr:.3g}  test top-1 {percent(history[-1].test_top1) if history else '-'}"
+        on = stage.tested_on.removesuffix("idation")
+        tested = f"lr {event.lr:.3g}  {on} top-1 {percent(history[-1].test_top1) if history else '-'}"
         bars = Table.grid(padding=(0, 1))
         for _ in range(2):
             bars.add_column(no_wrap=True)
@@ -2817,7 +3251,7 @@ def curve(
     height: int,
     ascii_only: bool = False,
 ) -> list[str]:
-    """Draw test top-1 in percent over the epochs as lines of at most `width` characters, `height` of them."""
+    """Draw tested top-1 in percent over the epochs as lines of at most `width` characters, `height` of them."""
     mark, dash, drop, corner, flat, wall = "*-:+-|" if ascii_only else "●╌┊└─│"
     values = [record.test_top1 for record in history] + ([] if teacher is None else [teacher])
     low = math.floor(min(values, default=0) / 10) * 10
@@ -2844,7 +3278,7 @@ def curve(
     labels = {0: f"{high:g}", rows - 1: f"{low:g}"}
     lines = [f"{labels.get(i, ''):>5} {wall}{''.join(line)}".rstrip() for i, line in enumerate(cells)]
     below = "1" + f"{epochs}".rjust(columns - 1) if epochs > 1 else "1"
-    middle = "test top-1 in percent, by epoch" + (f"; {drop} the rate drops" if drops else "")
+    middle = "top-1 in percent, by epoch" + (f"; {drop} the rate drops" if drops else "")
     if len(middle) + len(f"{epochs}") + 4 <= columns:
         below = "1" + middle.center(columns - 1 - len(f"{epochs}")) + f"{epochs}"
     return [*lines, f"{'':5} {corner}{flat * columns}", f"{'':7}{below}"]
@@ -2951,14 +3385,15 @@ def new_console(**options: Any) -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Screen(width=160, **options)
 
 
-def progress(what: str) -> Watch:
-    """Return what shows how far a loop has come, on a terminal, or nothing."""
+def progress(items: Collection[Any], what: str) -> Iterable[Any]:
+    """Go through something and show how far that has come, where there is a terminal, or nothing."""
     from rich.markup import escape
     from rich.progress import track
 
-    console = Screen(stderr=True)
-    shown = functools.partial(track, description=escape(printable(what)), console=console, transient=True)
-    return shown if console.is_terminal and console.is_interactive else iter
+    console = Screen(stderr=not sys.stdout.isatty())
+    if not (console.is_terminal and console.is_interactive):
+        return items
+    return track(items, description=escape(printable(what)), console=console, transient=True)
 
 
 def say(console: Console, line: str) -> None:
@@ -2979,8 +3414,9 @@ def introduction(event: Started) -> list[str]:
         taught = f"{teacher.name}, {top1} top-1, epoch {epoch} of stage {teacher.stage}"
     launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
     compiled = f"compiled by {facts.compile}" if facts.compile else "not compiled"
+    cost = f"score {event.cost.score:.6f}" if stage.is_scored else f"{event.cost.flops / 1e6:,.1f} M MACs"
     lines = [
-        f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, score {event.cost.score:.6f}, "
+        f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, {cost}, "
         f"{count(stage.epochs, 'epoch')} of {count(stage.steps_per_epoch, 'step')} of {stage.batch_size} images, "
         f"seed {stage.seed}",
         f"teacher: {taught}",
@@ -2996,7 +3432,7 @@ def epoch_line(stage: Stage, event: EpochDone) -> str:
     return (
         f"{stage.name}  epoch {r.epoch}/{stage.epochs}  lr {r.lr:.3g}  "
         f"train loss {r.train_loss:.3f} top-1 {r.train_top1:.2f} %  "
-        f"test loss {r.test_loss:.3f} top-1 {r.test_top1:.2f} % top-5 {r.test_top5:.2f} %  "
+        f"{stage.tested_on} loss {r.test_loss:.3f} top-1 {r.test_top1:.2f} % top-5 {r.test_top5:.2f} %  "
         f"best {event.best.test_top1:.2f} %  {r.images_per_second:,.0f} images/s  {duration(r.seconds)}"
     )
 
@@ -3023,7 +3459,7 @@ def percent(accuracy: float | None) -> str:
 
 def count(n: int, thing: str) -> str:
     """Write a number of things, in the plural unless it is one."""
-    plural = {"process": "processes"}.get(thing, f"{thing}s")
+    plural = f"{thing}{'es' if thing.endswith('s') else 's'}"
     return f"{n:,} {thing if n == 1 else plural}"
 
 
@@ -3069,7 +3505,7 @@ CELLS: dict[str, Callable[[Kept, dict[str, Kept]], str]] = {  # by heading, from
     "top-5\nbest": lambda kept, _: best_figure(kept, "top5"),
     "params\n(M)": lambda kept, _: f"{kept.metadata.cost.params / 1e6:.3f}",
     "ops\n(M)": lambda kept, _: f"{kept.metadata.cost.ops / 1e6:,.0f}",
-    "score": lambda kept, _: f"{kept.metadata.cost.score:.4f}",
+    "score": lambda kept, _: f"{kept.metadata.cost.score:.4f}" if kept.stage.is_scored else "-",
     "time": lambda kept, _: duration(kept.seconds) if kept.history else "-",
 }
 PROGRESS = ("stage, network, taught by, state", "epoch, best, last, time")
@@ -3093,18 +3529,19 @@ def outcome_table(kept: list[Kept]) -> Table:
     """Show the results of a chain, or how far it has come where it is not finished."""
     if any(each.state != "done" for each in kept):
         return stages_table(kept, PROGRESS)
-    return stages_table(kept, RESULTS, "Test accuracy in percent; the best epoch is chosen on the test images")
+    names, numbers = RESULTS
+    if not any(each.stage.is_scored for each in kept):
+        numbers = numbers.replace("score, ", "")
+    on = " and ".join(sorted({each.stage.tested_on for each in kept}))
+    return stages_table(
+        kept, (names, numbers), f"{on.capitalize()} accuracy in percent, by which the best epoch is chosen"
+    )
 
 
 def taught_by(stage: Stage, others: dict[str, Kept]) -> str:
     """Name a stage's teacher with its best accuracy, where that is known."""
     teacher = others.get(stage.teacher)
     return f"{stage.teacher} {best_figure(teacher, 'top1')}" if teacher and teacher.history else stage.teacher or "-"
-
-
-def short(network: str) -> str:
-    """Return a network's name without its family's."""
-    return network.removeprefix("efficientnet_")
 
 
 RULES_SHOWN = {
@@ -3131,20 +3568,23 @@ def score_tables(scores: list[dict[str, Any]]) -> Group:
         title = f"Cost of one image by {words}; a multiplication is half an operation, at 32 bits one"
         counted = [s for s in scores if s["rules"] == rules]
         table = new_table(title, "", [short(s["name"]) for s in counted])
-        for label, (name, form) in rows.items():
-            table.add_row(label, *("-" if s[name] is None else format(s[name], form) for s in counted))
+        for label, (name, form) in rows.items() if counted else ():
+            if any(s[name] is not None for s in counted):
+                table.add_row(label, *("-" if s[name] is None else format(s[name], form) for s in counted))
         tables.append(table if counted else "")
     return Group(*tables)
 
 
 def layers_table(score: dict[str, Any]) -> Table:
-    """Show what every layer of a network costs, and its share of the score."""
+    """Show what every layer of a network costs, and its share of the score, or of the operations without one."""
     title = f"Layers of {score['name']} by {RULES_SHOWN[score['rules']]}"
-    table = new_table(title, "layer, kind", "parameters, MACs, multiplications, additions, score, share")
+    whole, form = ("ops", ",.0f") if score["score"] is None else ("score", ".6f")
+    headings = f"parameters, MACs, multiplications, additions, {whole.replace('ops', 'operations')}, share"
+    table = new_table(title, "layer, kind", headings)
     for layer in score["layers"]:
         figures = (f"{layer[name]:,}" for name in ("params", "flops", "mults", "adds"))
-        share = f"{100 * layer['score'] / score['score']:.1f} %"
-        table.add_row(layer["layer"], layer["kind"], *figures, f"{layer['score']:.6f}", share)
+        share = f"{100 * layer[whole] / score[whole]:.1f} %"
+        table.add_row(layer["layer"], layer["kind"], *figures, format(layer[whole], form), share)
     return table
 
 
@@ -3166,12 +3606,13 @@ def export_table(results: list[dict[str, Any]]) -> Table:
     for r in results:
         table.add_row("file", r["file"])
         table.add_row("bytes", f"{r['bytes']:,}")
-        table.add_row("bytes that the score counts", f"{r['counted_bytes']:,.0f}")
+        table.add_row("bytes of its values", f"{r['counted_bytes']:,.0f}")
         table.add_row("predictions as before", f"{r['agree']:,} of {r['images']:,} {r['on']}")
         table.add_row("largest difference of an output", f"{r['difference']:.2g}")
         table.add_row("largest output", f"{r['largest']:.2g}")
         table.add_row("top-1 before, as exported", f"{percent(r['top1_before'])}, {percent(r['top1'])}")
-        table.add_row("official score", f"{r['score']:.6f}")
+        if r["score"] is not None:
+            table.add_row("official score", f"{r['score']:.6f}")
     return table
 
 
@@ -3209,6 +3650,28 @@ def accuracy_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
+def classes_table(result: dict[str, Any]) -> Table:
+    """Show how a checkpoint does on each class."""
+    table = new_table(f"Classes of {result['checkpoint']}, the worst first", "class", "images, top-1")
+    table.add_column("most often taken for", overflow="fold")
+    for r in result["classes"]:
+        wrong = f"{r['taken_for']} ({count(r['times'], 'time')})" if r["times"] else "-"
+        table.add_row(r["class"], f"{r['images']:,}", f"{r['top1']:.2f}", wrong)
+    return table
+
+
+def predictions_table(results: list[dict[str, Any]]) -> Table:
+    """Show the likeliest classes on images."""
+    table = new_table("The likeliest classes, with probabilities in percent", "image, first, second, third", "")
+    for r in results:
+        cells = (
+            c["class"] if c["probability"] is None else f"{c['class']} {100 * c['probability']:.1f}"
+            for c in r["classes"]
+        )
+        table.add_row(r["image"], *cells)
+    return table
+
+
 def stages_as_json(kept: list[Kept]) -> list[dict[str, Any]]:
     """Return what stages have come to, with every epoch's figures."""
     return [
@@ -3230,9 +3693,10 @@ class StopRequest:
     more later (`uv run` sends each Ctrl-C twice), ends the process at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, anew: bool = False) -> None:
         self.then: Callable[[], None] = lambda: None
         self.signum: int | None = None
+        self.anew = anew  # the command would not go on with --restart
 
     def __enter__(self) -> StopRequest:
         self.launcher = os.getppid() if is_launched() else None
@@ -3259,7 +3723,7 @@ class StopRequest:
 
     def stopped(self, stage: Stage, done: int) -> Stopped:
         """Return what to raise where a stop is asked for after so many epochs of a stage."""
-        return Stopped(resumption(stage, done), self.signum and 128 + self.signum)
+        return Stopped(resumption(stage, done, self.anew), self.signum and 128 + self.signum)
 
 
 def watch_lifeline() -> None:
@@ -3305,9 +3769,9 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
                 settle(folder, state, thorough=True)
             say(view.console, f"stage {stage.name} is finished: {best_path(folder)} (--restart trains it anew)")
             return
-        with StopRequest() as stop, view:
+        with StopRequest(restart) as stop, view:
             stop.then = functools.partial(give_up, stage, state, stop)
-            run = open_run(stage, data, ckpt, accelerator, state)
+            run = open_run(stage, data, ckpt, accelerator, state, progress if check_held else unwatched)
             if check_held:
                 run.notes += check_room(folder, run.student, anew=restart)
                 if restart and (aside := set_aside(folder)):
@@ -3364,8 +3828,9 @@ def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
         raise
 
 
-def resumption(stage: Stage, done: int) -> str:
-    return f"stage {stage.name} keeps {done} of {count(stage.epochs, 'epoch')}; the same command goes on from there"
+def resumption(stage: Stage, done: int, anew: bool) -> str:
+    same = "the same command without --restart" if anew else "the same command"
+    return f"stage {stage.name} keeps {done} of {count(stage.epochs, 'epoch')}; {same} goes on from there"
 
 
 class Launch(NamedTuple):
@@ -3509,11 +3974,12 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     with pausing(child.pid):
         said, trouble = listen(child, stop)
     kept = read_kept(stage, ckpt)
-    if stop.signum is not None and not kept.is_finished:
+    finished = kept.is_finished and (child.returncode == 0 or "--restart" not in options)  # else it may be the old one
+    if stop.signum is not None and not finished:
         raise stop.stopped(stage, len(kept.history))
-    if kept.is_finished and not said:
+    if finished and not said:
         return sys.stderr.writelines(trouble)
-    raise stage_failure(kept, ckpt, said, trouble, child.returncode)
+    raise stage_failure(kept, ckpt, said, trouble, child.returncode, stop.anew)
 
 
 def listen(child: subprocess.Popen[str], stop: StopRequest) -> tuple[list[tuple[int, str]], list[str]]:
@@ -3533,7 +3999,9 @@ def listen(child: subprocess.Popen[str], stop: StopRequest) -> tuple[list[tuple[
     return said, trouble
 
 
-def stage_failure(kept: Kept, ckpt: Path, said: list[tuple[int, str]], trouble: list[str], returncode: int) -> Failure:
+def stage_failure(
+    kept: Kept, ckpt: Path, said: list[tuple[int, str]], trouble: list[str], returncode: int, anew: bool
+) -> Failure:
     """Return why a launched stage has failed, and keep in its error.log what the line leaves out."""
     name, (code, reason) = kept.stage.name, explain_failure(said, trouble, returncode)
     ours = (code, reason) in said
@@ -3545,7 +4013,7 @@ def stage_failure(kept: Kept, ckpt: Path, said: list[tuple[int, str]], trouble: 
             reason += f" (all of it in {log})"
     failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
     if not ours or code not in [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite)]:  # met again
-        failure += f"; {resumption(kept.stage, len(kept.history))}"
+        failure += f"; {resumption(kept.stage, len(kept.history), anew)}"
     return Failure(failure, code)
 
 
@@ -3625,21 +4093,29 @@ def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, 
 
 app = typer.Typer(
     help="Train a chain of small image classifiers, each taught by the last, and count what they cost.",
-    epilog="Start here: micronet.py chain --stages demo.toml (offline, a minute on a CPU)",
+    epilog="Start here: micronet.py chain --stages demo.toml (offline, a minute on a CPU). Exit codes: 0 done, "
+    "1 failed, 2 command or stages make no sense, 3 a file refused, 4 nan or infinity, 5 input or output, "
+    "75 another process trains the stage, 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # half the time of --help
 )
 StagesFile = Annotated[Path, typer.Option(help="TOML file with the stages.")]
-DataFolder = Annotated[Path, typer.Option(help="Folder with CIFAR-100; downloaded there if missing.")]
-CkptFolder = Annotated[Path, typer.Option(help="Folder that keeps the checkpoints of every stage.")]
+DataFolder = Annotated[Path, typer.Option(help="Folder with the images; CIFAR is downloaded to there if missing.")]
+CkptFolder = Annotated[Path, typer.Option(help="Folder that keeps every stage's checkpoints, teachers' too.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A stage's folder such as ckpt/ex, for its best network, or a file.")]
 ConfigFile = Annotated[Path, typer.Option(help="Launch configuration of accelerate.")]
 Rules = Literal["seed", "official", "both"]
 Timeout = Annotated[float, typer.Option(min=1, max=10**6, help="Seconds that a process waits for another one.")]
 Precision = Literal["fp32", "bf16", "fp16"]
 LogWith = Annotated[str | None, typer.Option(help="Send each epoch's figures to tensorboard, wandb, ..., too.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=10**9, help="Seed, over what the stages file says.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A key of all stages, over what the stages file says; repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -3662,7 +4138,8 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                     function(**options)
                     return check_said(lost=name in ("run-stage", "chain"))
                 if "stages" in options:
-                    load_stages(options["stages"])
+                    over = settings(options.get("changes"), options.get("seed"))
+                    load_stages(options["stages"], options["data"] or Path("data"), over)
                 if options.get("lifeline"):
                     threading.Thread(target=watch_lifeline, daemon=True).start()
             except (Failure, OSError) as error:
@@ -3707,6 +4184,7 @@ def run_stage(
     data: DataFolder = Path("data"),
     ckpt: CkptFolder = Path("ckpt"),
     seed: Seed = None,
+    changes: Changes = None,
     restart: Annotated[bool, typer.Option("--restart", help="Move what the stage has kept aside; start anew.")] = False,
     timeout: Timeout = 600,
     log_with: LogWith = None,
@@ -3717,7 +4195,7 @@ def run_stage(
 
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
-    every = load_stages(stages, seed)
+    every = load_stages(stages, data, settings(changes, seed))
     stage = find_stage(every, name)
     accelerator = open_accelerator(timeout, log_with, ckpt)
     console = new_console(quiet=not accelerator.is_main_process)
@@ -3734,6 +4212,10 @@ def chain(
     ckpt: CkptFolder = Path("ckpt"),
     config_file: ConfigFile = Path("accelerate_config.yaml"),
     seed: Seed = None,
+    changes: Changes = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Train the named stages anew; old ones move aside.")
+    ] = False,
     timeout: Timeout = 600,
     log_with: LogWith = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
@@ -3742,8 +4224,10 @@ def chain(
 
     Example: micronet.py chain ex exx
     """
-    every = load_stages(stages, seed)
-    todo = kept_chain(every, names or list(every), ckpt)
+    over = settings(changes, seed)
+    every = load_stages(stages, data, over)
+    named = names or list(every)
+    todo = kept_chain(every, named, ckpt, anew=restart)
     left = {each.stage.name: each.stage for each in todo if not is_settled(each, ckpt)}
     for stage in left.values():
         if stage.teacher and stage.teacher not in left:
@@ -3756,22 +4240,22 @@ def chain(
         return
     given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
     options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
-    options += [f"--among={each.stage.name}" for each in todo]
-    with StopRequest() as stop:
+    options += [f"--set={change}" for change in changes or ()] + [f"--among={each.stage.name}" for each in todo]
+    with StopRequest(restart) as stop:
         launch = plan_launch(config_file, console) if left else None
         try:
             for name, stage in left.items():
-                if load_stages(stages, seed).get(name) != stage:
+                if load_stages(stages, data, over).get(name) != stage:
                     raise Misconfigured(f"{stages}: stage {name} has changed since this chain began: start it again")
                 say(console, f"stage {name} is being started")
-                launch_stage(launch, stage, options, ckpt, stop)
+                launch_stage(launch, stage, options + ["--restart"] * (restart and name in named), ckpt, stop)
         finally:
             console.print(outcome_table([read_kept(each.stage, ckpt, strict=False) for each in todo]))
 
 
 @command("show", computes=False)
 def show(
-    ckpt: CkptFolder = Path("ckpt"),
+    ckpt: Annotated[Path, typer.Option(help="Folder whose stages to show.")] = Path("ckpt"),
     follow: Annotated[bool, typer.Option("--follow", help="Keep it up to date until Ctrl-C.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the picture to this file, too.")] = None,
     as_json: AsJson = False,
@@ -3805,8 +4289,8 @@ def show(
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
     stages: StagesFile = Path("stages.toml"),
-    data: Annotated[Path | None, typer.Option("--data", help="Folder with CIFAR-100; none: random images.")] = None,
-    ckpt: CkptFolder = Path("ckpt"),
+    data: Annotated[Path | None, typer.Option(help="Folder with the images; none: random ones.")] = None,
+    ckpt: Annotated[Path, typer.Option(help="Folder that says which epochs are left.")] = Path("ckpt"),
     config_file: ConfigFile = Path("accelerate_config.yaml"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time, after three that are not.")] = 10,
     as_json: AsJson = False,
@@ -3816,7 +4300,7 @@ def bench(
 
     Example: micronet.py bench b3 ex --steps 20
     """
-    every = load_stages(stages)
+    every = load_stages(stages, data or Path("data"))
     todo = [find_stage(every, name) for name in names or every]
     left = {stage: read_kept(stage, ckpt).images_left for stage in todo}
     launch = plan_launch(config_file, Screen(stderr=True))
@@ -3839,7 +4323,7 @@ def bench_stage(
     profile: Annotated[bool, typer.Option("--profile")] = False,
 ) -> None:
     """Measure one stage in this process and print JSON; `bench` launches it."""
-    every = load_stages(stages)
+    every = load_stages(stages, data or Path("data"))
     stage, run = bare_run(find_stage(every, name), every, data, steps)
     result = measure_speed(stage, run, steps)
     if profile:
@@ -3854,30 +4338,44 @@ def bench_stage(
 
 @command("evaluate", computes=True)
 def evaluate_checkpoints(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Files such as ckpt/ex/best.safetensors.")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="Stages' folders such as ckpt/ex, or files.")],
     data: DataFolder = Path("data"),
     precision: Annotated[Precision, typer.Option(help="Of the network's arithmetic.")] = "fp32",
+    classes: Annotated[bool, typer.Option("--classes", help="Show every class, and what it is taken for.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Test checkpoints on the test images of their stages.
 
-    Example: micronet.py evaluate ckpt/ex/best.safetensors ckpt/exx/best.safetensors
+    Example: micronet.py evaluate ckpt/ex ckpt/exx/best.safetensors
     """
-    results = [evaluate_checkpoint(path, data, precision, progress(f"testing {path}")) for path in checkpoints]
+    results = [evaluate_checkpoint(path, data, precision, progress, classes) for path in checkpoints]
     render(results, accuracy_table, as_json)
+    for result in results if classes and not as_json else []:
+        new_console().print(classes_table(result))
+
+
+@command("predict", computes=True)
+def predict(
+    checkpoint: Checkpoint, images: Annotated[list[Path], typer.Argument(help="Image files.")], as_json: AsJson = False
+) -> None:
+    """Name the three likeliest classes on images. By a checkpoint or an export of one (.safetensors, .onnx).
+
+    Example: micronet.py predict ckpt/ex photo.jpg
+    """
+    render(predict_images(checkpoint, images, progress), predictions_table, as_json)
 
 
 @command("score", computes=True)
 def score_networks(
-    names: Annotated[list[str] | None, typer.Argument(help="Networks or checkpoints; none: every network.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Networks, ckpt/ex or files; none: all networks.")] = None,
     rules: Annotated[Rules, typer.Option(help="The authors' count, the challenge's, or both.")] = "both",
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
     board: Annotated[bool, typer.Option("--board", help="Show the challenge's entries, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count parameters, operations and MicroNet score. Of networks by name, and of checkpoints.
+    """Count parameters and operations and, for CIFAR-100, MicroNet score. Of networks by name, and of checkpoints.
 
-    Example: micronet.py score efficientnet_ex ckpt/exx/best.safetensors --rules official --board
+    Example: micronet.py score ex ckpt/exx --rules official --board
     """
     if board and rules == "seed":
         raise Misconfigured("--board: the challenge's entries are scored by its own rules: expected --rules official")
@@ -3885,6 +4383,9 @@ def score_networks(
         raise Misconfigured("--board: is a table: expected without --json")
     counts = list(RULES) if rules == "both" else [rules]
     scores = [score for name in names or NETWORKS for score in score_network(name, counts, layers)]
+    for s in scores if board else ():
+        if s["score"] is None:
+            raise Misconfigured(f"--board: {s['name']} was not trained on CIFAR-100, as all of the board were")
     render(scores, score_tables, as_json)
     for s in scores if layers and not as_json else []:
         new_console().print(layers_table(s))
@@ -3894,38 +4395,40 @@ def score_networks(
 
 @command("export", computes=True)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A file such as ckpt/ex/best.safetensors.")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="File to write: .safetensors, .onnx or .pt2.")],
-    data: DataFolder = Path("data"),
+    data: Annotated[Path, typer.Option(help="Folder with the images to compare on; not there: random ones.")] = Path(
+        "data"
+    ),
+    card: Annotated[bool, typer.Option("--card", help="Write README.md and labels.txt beside it, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a network as it ships, and check what was written. Batch norm and classifier are folded, weights 16-bit.
 
-    Example: micronet.py export ckpt/ex/best.safetensors ex.onnx
+    Example: micronet.py export ckpt/ex shipped/ex.onnx --card
     """
-    watch = progress(f"comparing {out} with {checkpoint}")
-    render([export_checkpoint(checkpoint, out, data, watch)], export_table, as_json)
+    render([export_checkpoint(checkpoint, out, data, progress, card)], export_table, as_json)
 
 
 @command("import", computes=True)
 def import_published(
     file: Annotated[Path, typer.Argument(help="A checkpoint that the method's authors published (.pytar).")],
-    network: Annotated[str, typer.Option("--network", help="What it is a checkpoint of, such as efficientnet_ex.")],
+    network: Annotated[str, typer.Option(help="What it is a checkpoint of, such as ex.")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write (.safetensors).")],
 ) -> None:
     """Take a checkpoint that the method's authors published. Nothing in the file is executed.
 
-    Example: micronet.py import ex.pytar --network efficientnet_ex --out ckpt/published/ex.safetensors
+    Example: micronet.py import ex.pytar --network ex --out ckpt/published/ex.safetensors
     """
-    if network not in NETWORKS:
+    if not (name := find_network(network)):
         raise Misconfigured(f"--network = {shown(network)}: expected one of {', '.join(NETWORKS)}")
     if out.suffix != ".safetensors":
         raise Misconfigured(f"--out = {out}: expected a name that ends in .safetensors")
     check_output(out)
     with Screen(stderr=True).status(Text(printable(f"reading {file}"))):
-        tensors, metadata = import_network(file, network)
+        tensors, metadata = import_network(file, name)
     write_output(out, to_bytes(tensors, metadata)[0])
-    say(new_console(), f"{out}: {count(len(tensors), 'tensor')} of {network}; try evaluate {out}")
+    say(new_console(), f"{out}: {count(len(tensors), 'tensor')} of {name}; try evaluate {out}")
 
 
 def render(results: list[dict[str, Any]], table: Callable[..., RenderableType], as_json: bool) -> None:

@@ -85,10 +85,10 @@ class PlainNetwork(nn.Module):
         super().__init__()
         channels = scaled_channels(STEM, width)
         layers = [padded(3, channels, 3), Swish()]
-        for expansion, base, repeats, stride, kernel in BLOCKS:
+        for expansion, base, repeats, above, kernel in BLOCKS:
             for repeat in range(math.ceil(repeats * depth)):
                 outputs = scaled_channels(base, width)
-                layers.append(Block(channels, outputs, expansion, kernel, stride if repeat == 0 else 1))
+                layers.append(Block(channels, outputs, expansion, kernel, 2 if repeat == 0 and 32 > above else 1))
                 channels = outputs
         head = scaled_channels(HEAD, width)
         self.features = nn.Sequential(*layers, padded(channels, head, 1), Swish())

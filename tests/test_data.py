@@ -126,9 +126,9 @@ def test_synthetic_shapes_survive_a_flip() -> None:
 
 def test_cifar100_is_torchvisions(cifar100: Path) -> None:
     stage = replace(STAGE, dataset="cifar100", train_images=200, test_images=None)
-    for train in (True, False):
-        images, oracle = load_images(stage, cifar100, train), CIFAR100(cifar100, train=train)
-        assert len(images.labels) == (200 if train else 10_000)
+    for part in ("train", "validation", "test"):
+        images, oracle = load_images(stage, cifar100, part), CIFAR100(cifar100, train=part == "train")
+        assert len(images.labels) == (200 if part == "train" else 10_000)
         assert images.class_names == oracle.classes and images.class_names[0] == "apple"
         for i in (0, 7, 199):
             picture, label = oracle[i]
@@ -145,6 +145,6 @@ def test_missing_or_damaged_cifar100_is_refused_in_one_line(tmp_path: Path, monk
         if content:
             (tmp_path / "cifar-100-python").mkdir()
             (tmp_path / "cifar-100-python" / "train").write_bytes(content)
-        with pytest.raises(micronet.Refused, match="no CIFAR-100 here that matches .*no network.*name --data") as error:
-            load_images(stage, tmp_path, train=True)
+        with pytest.raises(micronet.Refused, match="no CIFAR100 here that matches .*no network.*name --data") as error:
+            load_images(stage, tmp_path, "train")
         assert "\n" not in str(error.value)

@@ -197,7 +197,7 @@ def records(*epochs: int, **changes: object) -> list[dict[str, object]]:
     return [one._replace(epoch=epoch, **changes)._asdict() for epoch in epochs]
 
 
-EXPORTED = {"file": "x", "sha256": "0", "top1": None}
+EXPORTED = {"file": "x", "sha256": "0", "top1": None, "scale": None}
 TAUGHT = {"name": "x", "stage": "x", "tensors": "0", "tested": {"epoch": 1, "top1": None, "top5": None}}
 WRONG = [  # a change of the JSON, and what is said
     ({"epoch": -1}, "metadata.epoch"),

@@ -60,7 +60,7 @@ def test_a_stage_that_waits_for_a_server_stops_with_its_chain(
         pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         stage = subprocess.Popen(command, env=WIDE | {"https_proxy": proxy}, cwd=tmp_path, **pipes)
         try:
-            assert stage.stderr.readline().startswith("downloading CIFAR100, 169 MB, from https://")
+            assert stage.stderr.readline().startswith("downloading CIFAR100, 170 MB, from https://")
             if ending == "asked":
                 stage.stdin.write("\n")
                 stage.stdin.flush()
@@ -298,16 +298,16 @@ def test_one_of_two_downloads(tmp_path: Path, capfd: pytest.CaptureFixture[str])
             assert socket.getdefaulttimeout() == (30 if download else None)
             print("a bar", file=sys.stderr)
 
-    micronet.download(Dataset, tmp_path / "data", "1 MB")
+    micronet.download(Dataset, tmp_path / "data")
     begun, ended = capfd.readouterr().err.splitlines()
-    assert begun == f"downloading Dataset, 1 MB, from https://somewhere to {tmp_path / 'data'}"
+    assert begun == f"downloading Dataset, 170 MB, from https://somewhere to {tmp_path / 'data'}"
     assert ended == f"Dataset is in {tmp_path / 'data'}"
     code = f"import fcntl, pathlib, time\nlock = open({str(tmp_path / 'data' / '.download.lock')!r}, 'w')\n"
     code += "fcntl.lockf(lock, fcntl.LOCK_EX)\nprint(flush=True)\ntime.sleep(0.5)\n"
     code += f"pathlib.Path({str(tmp_path / 'data' / 'there')!r}).touch()\n"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as first:
         first.stdout.readline()
-        micronet.download(Dataset, tmp_path / "data", "1 MB")
+        micronet.download(Dataset, tmp_path / "data")
     assert "downloading" not in capfd.readouterr().err
 
 

@@ -280,7 +280,7 @@ def test_a_failed_stage_ends_the_chain_with_its_error(
     chain.command += ["--data", str(tmp_path)]
     code, output = chain.run(capfd)
     assert code == 3 and "Traceback" not in output and output.count("error: ") == 1
-    assert f"error: stage first failed: {tmp_path / 'cifar-100-python'}: no CIFAR-100 here" in output
+    assert f"error: stage first failed: {tmp_path / 'cifar-100-python'}: no CIFAR100 here" in output
     assert output.endswith("or name --data\n")  # the same command would not go on
 
 
@@ -365,9 +365,10 @@ def test_a_dry_run_shows_the_order_and_starts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ckpt").exists()
 
 
-@pytest.mark.parametrize("command", ["", "run-stage", "chain", "evaluate", "score"])
+@pytest.mark.parametrize("command", ["", *"run-stage chain show bench evaluate predict score export import".split()])
 def test_help_has_an_example(command: str) -> None:
     result = invoke(*command.split(), "--help")
+    assert result.output == invoke(*command.split(), "-h").output
     assert result.exit_code == 0 and "micronet.py" in result.output.split("Usage:")[1].split("\n", 1)[1]
 
 
@@ -396,3 +397,83 @@ def test_a_slot_of_time_ends_in_time_and_leaves_what_goes_on(write: Callable[...
         (tmp_path / "2").mkdir(exist_ok=True)
         parts = b"".join(part.read_bytes() for part in sorted(out.glob("state.part*")))
         subprocess.run(["tar", "x", "-C", tmp_path / "2"], input=parts, check=True)
+
+
+def test_keys_set_on_the_command_line_are_checked_remembered_and_passed_on(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--stages", trained / "stages.toml", "--ckpt", tmp_path / "ckpt"]
+    sets = ["--set", "momentum=0.5", "--set", "lr = [[3, 0.01]]", "--seed", "7"]
+    assert invoke("run-stage", "first", *given, *sets).exit_code == 0
+    stage = read_metadata(tmp_path / "ckpt" / "first" / "last.safetensors").stage
+    assert (stage.momentum, stage.lr, stage.seed, stage.epochs) == (0.5, ((3, 0.01),), 7, 3)
+    result = invoke("chain", *given, "--dry-run")
+    assert result.exit_code == 2 and "momentum was 0.5 and is 0.9" in result.stderr
+    assert "nothing" in invoke("chain", "first", *given, *sets, "--dry-run").stdout
+    launched = []
+    monkeypatch.setattr(micronet, "plan_launch", lambda *_: None)
+    monkeypatch.setattr(micronet, "launch_stage", lambda launch, stage, options, *_: launched.append((stage, options)))
+    assert invoke("chain", *given, *sets).exit_code == 0
+    ((stage, options),) = launched  # the first is done
+    assert (stage.name, stage.momentum, stage.seed) == ("second", 0.5, 7)
+    assert {"--set=momentum=0.5", "--set=lr = [[3, 0.01]]", "--seed=7"} <= set(options) and "--restart" not in options
+
+
+@pytest.mark.parametrize(("pair", "message"), [
+    ("epochs=0", "--set: epochs = 0: expected a whole number from 1"), ("epoch=1", '--set: "epoch": unknown key'),
+    ("network=ex", "--set (expected KEY=VALUE as in a stages file, text in quotes): not valid TOML: Invalid value"),
+    ("epochs", "not valid TOML"), ("x=" + "[" * 9999, "not valid TOML"), ("lr.peak=1", '--set: lr = {"peak": 1}: expected'),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["chain", "run-stage first"])
+def test_a_mistaken_key_on_the_command_line_is_one_line(command: str, pair: str, message: str, trained: Path) -> None:
+    result = invoke(*command.split(), "--stages", trained / "stages.toml", "--set", pair)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1) and message in result.stderr
+
+
+def test_a_networks_name_needs_no_family(trained: Path, write: Callable[..., Path]) -> None:
+    short, full = (json.loads(invoke("score", name, "--json").stdout) for name in ("ex", "efficientnet_ex"))
+    assert short == full and short[0]["name"] == "efficientnet_ex"
+    stages = micronet.load_stages(write('[stage.a]\nnetwork = "ex"\n[stage.b]\nnetwork = "efficientnet_ex"'))
+    assert stages["a"].network == stages["b"].network == "efficientnet_ex"
+
+
+def test_a_stages_folder_stands_for_its_best_network(trained: Path, tmp_path: Path, write: Callable[..., Path]) -> None:
+    folder, data = trained / "ckpt" / "first", ["--data", tmp_path]
+    for command in ("evaluate", "score"):
+        shown = [json.loads(invoke(command, path, "--json").stdout) for path in (folder, folder / "best.safetensors")]
+        for each in (result for results in shown for result in results):
+            each.pop("checkpoint", None), each.pop("name", None)
+        assert shown[0] == shown[1]
+    assert invoke("export", folder, out := tmp_path / "x.safetensors", *data).exit_code == 0
+    assert read_metadata(out).exported.file == "best.safetensors" and read_metadata(folder).stage.name == "first"
+    stages = write(TINY.replace('teacher = "first"', f'teacher = "{folder}"'))
+    assert invoke("run-stage", "second", "--stages", stages, "--ckpt", tmp_path / "ckpt").exit_code == 0
+    taught = read_metadata(tmp_path / "ckpt" / "second").teacher
+    assert taught.identity == ("first", read_metadata(folder).tensors)
+
+
+def test_a_chain_trains_named_stages_anew(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
+    chain = Chain(tmp_path, trained / "stages.toml")
+    chain.command += ["second", "--restart", "--set", "momentum=0.8"]  # which it has not been trained with
+    assert invoke(*chain.command[2:], "--dry-run").exit_code == 2  # its teacher neither, and that is not named
+    chain.command[-2:] = []
+    lines = [line.split() for line in invoke(*chain.command[2:], "--dry-run").stdout.splitlines()]
+    assert ["first", "b0", "-", "nothing", "3/3"] in lines and ["second", "ex", "first", "train", "0/3"] in lines
+    before = (tmp_path / "ckpt" / "first" / "last.safetensors").stat()
+    code, output = chain.run(capfd)
+    assert code == 0 and f"{tmp_path / 'ckpt' / 'second'} is now {tmp_path / 'ckpt' / 'second.old1'}" in output
+    assert (tmp_path / "ckpt" / "first" / "last.safetensors").stat() == before
+    old, new = (read_metadata(tmp_path / "ckpt" / name) for name in ("second.old1", "second"))
+    assert old.tensors == new.tensors and old.header != new.header  # another run, the same bits
+
+
+def test_a_restarted_stage_that_dies_is_not_taken_for_the_old_one(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
+    stage = micronet.load_stages(trained / "stages.toml")["second"]
+    dies = micronet.Launch([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ))
+    with micronet.StopRequest(anew=True) as stop, pytest.raises(micronet.Failure, match="killed .SIGKILL.") as failure:
+        micronet.launch_stage(dies, stage, ["--restart"], tmp_path / "ckpt", stop)
+    assert "the same command without --restart goes on" in str(failure.value)

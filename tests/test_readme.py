@@ -100,8 +100,8 @@ def test_a_stage_is_launched(clone: Path, cifar100: Path) -> None:
     running = subprocess.Popen(arguments(LAUNCH), cwd=clone, start_new_session=True, **pipes)
     lines = [running.stdout.readline() for _ in range(3)]
     os.killpg(running.pid, signal.SIGTERM)
-    running.communicate(timeout=60)
-    assert lines[0].startswith("stage b3: efficientnet_b3, 11,027,240 parameters")
+    _, errors = running.communicate(timeout=60)
+    assert lines[0].startswith("stage b3: efficientnet_b3, 11,027,240 parameters"), errors
     assert lines[1] == "teacher: none: the true labels\n" and "2 processes, bf16, not compiled" in lines[2]
 
 

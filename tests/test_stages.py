@@ -90,7 +90,7 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + "scale = inf": "stage a: scale = Infinity: expected a number above 0",
     GOOD + f"scale = {10**400}": "stage a: scale = 1000",
     GOOD + "views = []": "stage a: views = []: expected a list of one or more of jitter, jitter-crop, crop",
-    GOOD + 'dataset = "imagenet"': 'stage a: dataset = "imagenet": expected one of cifar100, synthetic',
+    GOOD + 'dataset = "imagenet"': 'stage a: dataset = "imagenet": expected one of cifar100, cifar10, synthetic, or folder:NAME',
     GOOD + "train_images = 50001": "stage a: train_images = 50001: expected at most 50000",
     GOOD + "test_images = 10001": "stage a: test_images = 10001: expected at most 10000",
     GOOD + "train_images = 100": "stage a: batch_size = 128: expected at most the 100 training images",
@@ -99,7 +99,7 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + 'teacher = "a"': 'stage a: teacher = "a": expected no cycle, but it goes a -> a',
     GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "efficientnet_b0"\nteacher = "a"': "a -> b -> a",
     GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\nscale = 6': "stage b: scale = 6.0: expected its teacher's, 5.0",
-    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\ndataset = "synthetic"': "its teacher's 100 classes, not 10",
+    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\ndataset = "synthetic"': "dataset = \"synthetic\": expected its teacher's, \"cifar100\"",
 }  # fmt: skip
 UNACCEPTABLE = """epochs = true | epochs = "70" | epochs = 1.5 | lr = -0.1 | lr = [[70, -0.1]] | lr = [[70, 0.1], [70, 0.01]]
 momentum = 1 | weight_decay = -0.1 | scale = 0 | margin = -1 | stochastic_depth = 1 | width = 0 | depth = 0 | seed = -1
