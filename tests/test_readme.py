@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, WIDE, invoke
+from test_images import messy
 
 from micronet import build_network, fold_network, layer_costs, load_stages, read_metadata, total_cost
 
@@ -51,7 +52,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_list_of_commands_is_complete() -> None:
-    tested = {DEMO, "pip install uv && uv run pytest", *LONG, *SHORT, LAUNCH}
+    tested = {DEMO, "pip install uv && uv run pytest", *LONG, *SHORT, LAUNCH, *OWN}
     assert set(COMMANDS) == tested and len(README.splitlines()) <= 170
 
 
@@ -59,12 +60,19 @@ LAUNCH = "uv run accelerate launch --config_file accelerate_config.yaml micronet
 LONG = ["uv run micronet.py chain", "uv run micronet.py chain ex"]
 SHORT = [
     "uv run micronet.py chain --dry-run",
-    "uv run micronet.py evaluate ckpt/student/best.safetensors",
-    "uv run micronet.py score ckpt/student/best.safetensors",
+    "uv run micronet.py evaluate ckpt/student",
+    "uv run micronet.py score ckpt/student",
     "uv run micronet.py score --board",
     "uv run micronet.py show",
-    "uv run micronet.py export ckpt/student/best.safetensors student.safetensors",
+    "uv run micronet.py export ckpt/student student.safetensors",
 ]
+OWN = {  # and what each of them prints; its first runs in a few seconds what takes hours
+    "uv run micronet.py chain --stages own.toml": r"small +ex +big ",
+    "uv run micronet.py evaluate ckpt/small --classes": r"dog +6 ",
+    "uv run micronet.py score ckpt/small": r"MACs +[\d,]+",
+    "uv run micronet.py export ckpt/small shipped/small.onnx --card": r"predictions as before +\d of 8 validation images",
+    "uv run micronet.py predict shipped/small.onnx photo.jpg": r"photo.jpg +(cat|dog) \d",
+}
 
 
 def test_the_demo_teaches_its_student(clone: Path) -> None:
@@ -103,6 +111,20 @@ def test_a_stage_is_launched(clone: Path, cifar100: Path) -> None:
     _, errors = running.communicate(timeout=60)
     assert lines[0].startswith("stage b3: efficientnet_b3, 11,027,240 parameters"), errors
     assert lines[1] == "teacher: none: the true labels\n" and "2 processes, bf16, not compiled" in lines[2]
+
+
+def test_own_images_from_a_folder_to_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("own.toml", "accelerate_config.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    messy(tmp_path / "data" / "own", {"train": 18, "val": 4, "test": 6})
+    shutil.copy(tmp_path / "data" / "own" / "test" / "cat" / "0.JPG", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert load_stages(Path("own.toml"))["small"].side == 96
+    less = ["--set=epochs=1", "--set=width=0.1", "--set=depth=0.1", '--set=lr={schedule="cosine",peak=0.01}']
+    for command, shown in OWN.items():
+        result = invoke(*shlex.split(command)[3:], *(less if " chain " in command else []))
+        assert result.exit_code == 0 and re.search(shown, result.stdout), result.output
+    assert (tmp_path / "shipped" / "labels.txt").read_text() == "cat\ndog\n"
 
 
 @pytest.mark.parametrize("name", ["b3", "b0", "ex", "exx"])
