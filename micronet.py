@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the smallest image classifiers that hold their accuracy: a chain of EfficientNets, each taught by the last.
 
-    b3 -> b3 refined -> b0 -> ex and exx                                                       (CIFAR-100, 32 x 32)
+    b3 -> b3 refined -> b0 -> ex and exx                      (CIFAR-100, 32 x 32, or images of your own, up to 256 x 256)
 
 A stage trains one network. From the second stage on a frozen teacher labels the very crop that the student sees
 (label refinery [1, 2]), and the best network of a stage is the teacher of the next. The smallest two, ex and exx,
@@ -12,11 +12,12 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
     micronet.py chain                           train all stages, teachers first, skipping what is finished
     accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3         train one stage
     micronet.py show                            where a chain stands, with curves
-    micronet.py evaluate ckpt/ex/best.safetensors                                  accuracy of a checkpoint
+    micronet.py evaluate ckpt/ex                                   accuracy of its best network; --classes: of each class
     micronet.py score                           parameters, operations and MicroNet score of every network
-    micronet.py export ckpt/ex/best.safetensors ex.onnx                        the network as it ships, folded
+    micronet.py export ckpt/ex ex.onnx                             the network as it ships, folded
+    micronet.py predict ex.onnx photo.jpg                          the likeliest classes of an image
 
-The method, some 600 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
+The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
 Networks, Losses and, in Training, `train_stage`. The program around it: Cost (what a network costs), Files (a
 checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
 files in), Speed, Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their
@@ -546,7 +547,7 @@ class Dataset:
     """How many images and classes there are. Without validation images every epoch is tested on the test images."""
 
     train: int
-    test: int
+    test: int = field(compare=False)  # a stage goes on where images are added that none of its epochs is tested on
     classes: int
     validation: int = 0
     class_names: tuple[str, ...] = ()  # of a folder
@@ -579,7 +580,8 @@ class Images(NamedTuple):
     class_names: list[str]
 
     def to(self, device: torch.device) -> Images:
-        check_memory(self.pixels.shape, device)
+        if device.type == "cuda":
+            check_memory(self.pixels.shape, torch.cuda.mem_get_info(device)[0])
         return Images(self.pixels.to(device), self.labels.to(device), self.class_names)
 
     def part(self, index: int, of: int) -> Images:
@@ -587,7 +589,7 @@ class Images(NamedTuple):
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Return pixels and labels as they are tested at a time: 250 images of 32 x 32, fewer of larger ones."""
-        n = max(1, 250 * SIDE**2 // self.pixels[0, 0].numel())
+        n = max(1, 250 * SIDE**2 // self.pixels.shape[2:].numel())
         return list(zip(self.pixels.split(n), self.labels.split(n)))
 
 
@@ -718,7 +720,7 @@ def read_images(paths: list[Path], side: int, watch: Watch = unwatched) -> Tenso
     from concurrent.futures import ThreadPoolExecutor
 
     shape = torch.Size((len(paths), 3, side, side))
-    check_memory(shape, torch.device("cpu"))
+    check_memory(shape, 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
     pixels, wrong = torch.empty(shape, dtype=torch.uint8), []
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(usable_cores()) as pool:  # of odd metadata, size
         try:
@@ -740,7 +742,6 @@ def read_image(path: Path, side: int) -> Tensor | str:  # (3, side, side) uint8,
 
     It is turned as its EXIF data say; what is transparent is laid over white; a colour profile is not looked at.
     """
-    import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -749,24 +750,22 @@ def read_image(path: Path, side: int) -> Tensor | str:  # (3, side, side) uint8,
                 return "more than 8 bits a channel"
             image.draft(image.mode, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
             image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
+            if "A" in image.getbands() or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-            return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+            return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
     except UnidentifiedImageError:
         return "no image, or of a kind that is not known here"
     except Exception as error:  # every decoder has its own
         return " ".join(f"{getattr(error, 'strerror', None) or error}".split()) or type(error).__name__
 
 
-def check_memory(shape: torch.Size, device: torch.device) -> None:
-    """Raise Refused unless so many images fit into the memory of a device."""
-    on_host = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-    needed, free = shape.numel(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_host
-    if needed > free:
+def check_memory(shape: torch.Size, free: int) -> None:
+    """Raise Refused unless so many images fit into `free` bytes."""
+    if shape.numel() > free:
         n, _, *sides = shape
-        words = f"{count(n, 'image')} of {' x '.join(map(str, sides))} pixels take {needed / 2**20:,.0f} MiB"
-        raise Refused(f"{words}, {free / 2**20:,.0f} MiB are free on the {device.type}: lower side or train_images")
+        words = f"{count(n, 'image')} of {' x '.join(map(str, sides))} pixels take {shape.numel() / 2**20:,.0f} MiB"
+        raise Refused(f"{words}, {free / 2**20:,.0f} MiB of memory are free: lower side or train_images")
 
 
 # Shapes by u and v, the coordinates from a shape's centre in units of its half size, each its own mirror image.
@@ -1491,8 +1490,8 @@ class Metadata:
             "epoch": 1 <= self.epoch <= (n or self.stage.epochs),
             "last": not n or self.last == tested[-1],
             "best": 1 <= self.best.epoch <= self.last.epoch and (not n or self.best in tested),
-            "class_names": len(self.class_names) == (0 if self.imported else self.stage.classes),
-            "stage.folder": self.stage.dataset.startswith(FOLDER) == (self.stage.folder is not None),
+            "class_names": len(self.class_names) == (0 if self.imported else self.stage.classes)
+            and (not self.stage.folder or self.stage.folder.class_names == self.class_names),
             "teacher": bool(self.imported) or (self.teacher is None) == (self.stage.teacher is None),
             "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
             "cost": (self.cost and self.facts and self.images) is not None or not n,
@@ -1533,8 +1532,9 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if kind is Stage and isinstance(value, dict) and isinstance(value.get("name"), str):
         table = {key: item for key, item in value.items() if key not in ("name", "folder") and item is not None}
         folder = typed(Dataset | None, value.get("folder"), f"{name}.folder")
-        if folder and not (folder.classes == len(set(folder.class_names)) > 1 <= min(folder.train, folder.test)):
-            raise ValueError(f"{name}.folder contradicts itself")
+        sound = not folder or folder.classes == len(set(folder.class_names)) > 1 <= min(folder.train, folder.test)
+        if not sound or (folder is None) == str(table.get("dataset")).startswith(FOLDER):
+            raise ValueError(f"{name}.folder = {shown(value.get('folder'))}")
         return stage_from("stage", value["name"], checked_table("stage", table), lambda name: folder)
     if isinstance(kind, type) and isinstance(value, dict) and value.keys() == kind.__annotations__.keys():
         kinds = type_hints(kind)
@@ -2274,6 +2274,7 @@ def model_card(out: Path, about: Metadata, cost: Cost, result: dict[str, Any]) -
     tested["metrics"] = [{"type": "accuracy", "name": f"top-1, percent of {on}", "value": top1}]
     index = "" if top1 is None else f"model-index: {json.dumps([{'name': stage.name, 'results': [tested]}])}\n"
     taught = f", taught by {about.teacher.stage} ({percent(about.teacher.tested.top1)})" if about.teacher else ""
+    order = ", in the order of labels.txt" if about.class_names else ""
     softmax = f" Softmax of {scale:.4g} x the outputs gives about the probabilities of training." if scale else ""
     return f"""---
 {CARD_TAG}
@@ -2295,7 +2296,7 @@ tags: [efficientnet]
 **Input** (N, 3, {size}, {size}) float32: the middle square of an image, turned as its EXIF data say and resized with
 antialiasing; {about.input.order}; (value / 255 - mean) / std with mean {list(MEAN)} and std {list(STD)}.
 
-**Output** (N, {stage.classes}): the largest is the class, in the order of labels.txt.{softmax}
+**Output** (N, {stage.classes}): the largest is the class{order}.{softmax}
 
 ```python
 {LOADING[out.suffix].format(out.name)}

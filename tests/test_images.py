@@ -110,7 +110,9 @@ def test_the_order_mixes_classes_and_knows_no_file_system(tmp_path: Path, monkey
             orders.append([load_images(stage, folder.parent, part) for part in ("train", "validation", "test")])
     for one, other in zip(*orders):
         assert torch.equal(one.pixels, other.pixels) and torch.equal(one.labels, other.labels)
-        assert one.class_names == ["aé", "bé"] and 5 < (one.labels[1:] != one.labels[:-1]).sum() < 35  # 19.5 expected
+        assert (
+            one.class_names == other.class_names == ["aé", "bé"] and 5 < (one.labels[1:] != one.labels[:-1]).sum() < 35
+        )  # 19.5 expected
     train, validation, test = orders[0]
     assert torch.equal(train.pixels, validation.pixels) and torch.equal(train.pixels, test.pixels)
 
@@ -170,6 +172,21 @@ def test_a_mistaken_folder_is_one_line_and_exit_code_2(kind: str, tmp_path: Path
     assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
     begun = f'error: {tmp_path / "stages.toml"}: stage first: dataset = "folder:pets": {folder}: '
     assert result.stderr.startswith(begun) and message.format(folder=folder) in result.stderr
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = messy(tmp_path / "data" / "pets", {"train": 20, "test": 1}) / "train" / "dog" / "2026 été"
+    (tmp_path / "stages.toml").write_text(PHOTOS)
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = train(tmp_path, "first")
+    assert (result.exit_code, result.output) == (5, f"error: {closed}: Permission denied\n")
 
 
 @pytest.mark.parametrize("name", ["", "../pets", "a/b", ".", "..", ".git", "a\\b"])
@@ -308,11 +325,15 @@ def test_a_signal_does_not_wait_for_all_images(tmp_path: Path, monkeypatch: pyte
     assert len(begun) < 500
 
 
-def test_images_that_do_not_fit_are_refused_with_the_sizes() -> None:
+def test_images_that_do_not_fit_are_refused_with_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        Refused, match=r"1,000,000,000 images of 256 x 256 pixels take 187,500,000 MiB, [\d,]+ MiB are free"
+        Refused, match="1,000,000 images of 96 x 96 pixels take 26,367 MiB, 2,048 MiB of memory are free"
     ):
-        micronet.check_memory(torch.Size((10**9, 3, 256, 256)), torch.device("cpu"))
+        micronet.check_memory(torch.Size((10**6, 3, 96, 96)), 2**31)
+    read(photo(0, 0, (32, 32)), "png", tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemFree: 99999999 kB\nMemAvailable:   2 kB\n")
+    with pytest.raises(Refused, match="1 image of 32 x 32 pixels take 0 MiB, 0 MiB of memory are free: lower side"):
+        micronet.read_images([tmp_path / "image.png"], 32)
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -355,6 +376,7 @@ def test_other_images_end_a_stage_and_another_place_does_not(pets: Path, tmp_pat
     assert result.exit_code == 2 and "comes from another definition: folder was " in result.stderr
     (folder / "train" / "cat" / "new.png").unlink()
     (home / "data").rename(home / "elsewhere")
+    photo(0, 7, (80, 80)).save(home / "elsewhere" / "pets" / "test" / "cat" / "more.png")
     assert train(home, "first", "--data", home / "elsewhere").exit_code == 0
     one, other = (read_metadata(h / "ckpt" / "first" / "last.safetensors") for h in (home, pets))
     assert one.tensors == other.tensors and one.images == other.images

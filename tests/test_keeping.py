@@ -199,6 +199,8 @@ def records(*epochs: int, **changes: object) -> list[dict[str, object]]:
 
 EXPORTED = {"file": "x", "sha256": "0", "top1": None, "scale": None}
 TAUGHT = {"name": "x", "stage": "x", "tensors": "0", "tested": {"epoch": 1, "top1": None, "top5": None}}
+FOLDER = {"train": 40, "test": 50, "classes": 10, "validation": 0, "class_names": list("abcdefghix")}
+OWN = micronet.plain(STAGE) | {"dataset": "folder:x"}
 WRONG = [  # a change of the JSON, and what is said
     ({"epoch": -1}, "metadata.epoch"),
     ({"epoch": True}, "metadata.epoch = true"),
@@ -214,6 +216,13 @@ WRONG = [  # a change of the JSON, and what is said
     ({"facts": {"device": "CPU"}}, "metadata.facts"),
     ({"class_names": ["a"]}, "metadata.class_names"),
     ({"stage": {"name": "s", "network": "resnet"}}, "network"),
+    ({"stage": OWN}, "metadata.stage.folder = null"),
+    ({"stage": OWN | {"folder": FOLDER | {"class_names": ["a", "b", "a"]}}}, "metadata.stage.folder = {"),
+    ({"stage": OWN | {"folder": FOLDER | {"test": 0}}}, "metadata.stage.folder = {"),
+    ({"stage": OWN | {"folder": FOLDER}}, "metadata.class_names"),  # others
+    ({"stage": OWN | {"folder": FOLDER, "dataset": "synthetic"}}, "metadata.stage.folder = {"),
+    ({"images": None}, "metadata.cost"),
+    ({"input": {"side": 32, "order": "RGB", "mean": [0.5], "std": [0.5]}}, "metadata.input"),  # of no export
     ({"teacher": TAUGHT}, "metadata.teacher"),
     ({"history": [], "cost": None, "exported": EXPORTED}, "metadata.best_network"),  # a state without a history
     ({"imported": {"file": "x", "sha256": "0"}}, "metadata."),  # two origins
