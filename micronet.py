@@ -63,7 +63,6 @@ import json
 import math
 import operator
 import os
-import pickletools
 import platform
 import re
 import resource
@@ -78,7 +77,6 @@ import time
 import tomllib
 import unicodedata
 import warnings
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -2409,15 +2407,21 @@ def export_onnx(shipped: Shipped, example: Tensor, batch: dict[int, Any], explai
 def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
     """Fill `network` from a checkpoint (.pytar) as the method's authors published theirs and return its state.
 
-    torch.load hashes, prints and allocates what a file asks for, so the file is taken apart here. Raises Refused.
+    torch.load runs nothing that is in the file, but computes and allocates what that asks for: in a process of its
+    own, which has a minute and some memory. Raises Refused.
     """
+    from safetensors.torch import load
+
     try:
         with open_regular(path) as file:
-            tensors = stored_tensors(file.read(2**27))  # b3 in float64 has 89 MB
+            child = subprocess.run([sys.executable, "-Pc", LOADER], stdin=file, capture_output=True, timeout=PATIENCE)
+        tensors = load(child.stdout) if child.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        tensors = None
     except OSError as error:
         raise Refused(f"{path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, RuntimeError, TypeError, EOFError, struct.error, zipfile.BadZipFile) as error:
-        raise Refused(f"{path}: {str(error)[:120]}: expected a dict of tensors that torch.save has written") from None
+    if tensors is None:
+        raise Refused(f"{path}: expected a dict of dense tensors of floats that torch.save has written")
     # torch 0.4.0 did not count batches
     state = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
     ours = published_names(network)
@@ -2428,87 +2432,19 @@ def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def stored_tensors(content: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a state dict that torch.save has written, in a zip or in the format before torch 1.6.
+PATIENCE = 60  # seconds
+LOADER = """
+import io, resource, sys, torch
+from safetensors.torch import save
 
-    Raises what `read_published` catches.
-    """
-    if content.startswith(b"PK"):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.infolist()  # which, compressed or on top of each other, could unpack to any size
-            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(content):
-                raise ValueError("a compressed archive")
-            files = {entry.filename.partition("/")[2]: bytearray(archive.read(entry)) for entry in entries}
-        if files.get("byteorder", b"little") != b"little":
-            raise ValueError("written on a big-endian machine")
-        found = described(parse_pickle(io.BytesIO(files["data.pkl"][:PICKLED])))
-    else:
-        pickles = io.BytesIO(content[:PICKLED])
-        _, _, _, state, keys = (parse_pickle(pickles) for _ in range(5))
-        found, files, at = described(state), {}, pickles.tell()
-        sizes = {key: dtype.itemsize for dtype, key, *_ in found.values()}
-        if filled(keys) != sorted(sizes):
-            raise ValueError("more or less stored than described")
-        for key, size in sorted(sizes.items()):
-            start, at = at + 8, at + 8 + size * struct.unpack_from("<Q", content, at)[0]
-            files[f"data/{key}"] = bytearray(content[start:at])
-    return {
-        name: torch.frombuffer(files[f"data/{key}"], dtype=dtype).as_strided(*shape)
-        for name, (dtype, key, *shape) in found.items()
-    }
-
-
-PICKLED = 160_000  # bytes; b3 has 105,231
-STORAGES = {f"torch {kind}Storage": kind.lower() for kind in ("Half", "BFloat16", "Float", "Double", "Long")}
-
-
-def parse_pickle(stream: BinaryIO) -> Any:
-    """Return what the next pickle of a stream says, as texts, numbers, tuples and (opcode, *operands): nothing is run.
-
-    A few bytes may say so much that it must be neither hashed nor printed nor compared with its like.
-    """
-    stack, marks, memo = [], [], {}
-    for opcode, value, _ in pickletools.genops(stream):
-        kinds = opcode.stack_before
-        if opcode.name.endswith("PUT"):
-            memo[value] = stack[-1]
-        elif opcode.name.endswith("GET"):
-            stack.append(memo[value])
-        elif opcode.name == "MARK":
-            marks.append(len(stack))
-        elif value is not None:
-            stack.append(value)
-        else:
-            marked = pickletools.markobject in kinds
-            first = marks.pop() - kinds.index(pickletools.markobject) if marked else len(stack) - len(kinds)
-            stack[first:] = [tuple(stack[first:]) if "TUPLE" in opcode.name else (opcode.name, *stack[first:])]
-    return stack[-1][1]  # of STOP
-
-
-def filled(node: Any) -> list[Any]:
-    """Return what a parsed list holds, or a parsed dict: keys and values in turn."""
-    match node:
-        case ("APPEND" | "APPENDS" | "SETITEM" | "SETITEMS", container, *items):
-            return filled(container) + items
-        case ("BUILD", container, _):  # _ the versions of the modules
-            return filled(container)
-        case ("EMPTY_LIST" | "EMPTY_DICT",) | ("REDUCE", "collections OrderedDict", ()):
-            return []
-    raise ValueError("something else")
-
-
-def described(node: Any) -> dict[str, tuple[Any, ...]]:
-    """Return each tensor of a parsed state dict as (dtype, key of its storage, size, stride, offset)."""
-    items, found = filled(node), {}
-    for name, tensor in zip(items[::2], items[1::2]):
-        match name, tensor:
-            case str(), ("REDUCE", "torch._utils _rebuild_tensor_v2", (
-                ("BINPERSID", ("storage", str(kind), str(key), _, _, *view)), int(offset), size, stride, _, _
-            )) if kind in STORAGES and view in ([], [("NONE",)]):  # fmt: skip
-                found[name] = getattr(torch, STORAGES[kind]), key, size, stride, offset
-            case _:
-                raise ValueError(f"{shown(name) if isinstance(name, str) else 'a key'} is no dense tensor of floats")
-    return found
+resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
+state = torch.load(io.BytesIO(sys.stdin.buffer.read(2**27)), "cpu", weights_only=True)  # b3 in float64 has 89 MB
+for name, tensor in state.items():
+    assert isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_cpu
+    assert tensor.dtype in (torch.half, torch.bfloat16, torch.float, torch.double, torch.long)
+    assert tensor.numel() < 2**27
+sys.stdout.buffer.write(save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}))
+"""
 
 
 def published_names(network: EfficientNet) -> dict[str, str]:
@@ -2590,15 +2526,7 @@ class EpochDone:
     best: Record  # so far
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The last epoch is done."""
-
-    best: Record
-    last: Record
-
-
-Event = Started | Stepped | EpochDone | Finished
+Event = Started | Stepped | EpochDone
 
 
 def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
@@ -2672,7 +2600,6 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
         if run.best is None or record.test_top1 > run.best.test_top1:
             run.best = record
         yield EpochDone(record, run.best)
-    yield Finished(run.best, run.history[-1])
 
 
 def check_steps(stage: Stage, epoch: int, bad: Tensor) -> None:
@@ -3135,8 +3062,8 @@ class Plain:
                     say(self.console, line)
             case EpochDone():
                 say(self.console, epoch_line(self.stage, event))
-            case Finished():
-                say(self.console, conclusion(self.stage, event))
+                if event.record.epoch == self.stage.epochs:
+                    say(self.console, conclusion(self.stage, event))
 
 
 class Dashboard(Plain):
@@ -3186,9 +3113,9 @@ class Dashboard(Plain):
                 history, best, last = (*self.kept[self.stage.name].history, event.record), event.best, event.record
                 about = Metadata(self.stage, (), last.epoch, tested_at(best), tested_at(last), history)
                 self.set(metadata=about)
-            case Finished():
-                self.live.transient = not self.stays
-                say(self.console, conclusion(self.stage, event))
+                if last.epoch == self.stage.epochs:
+                    self.live.transient = not self.stays
+                    say(self.console, conclusion(self.stage, event))
 
     def progress(self, event: Stepped) -> list[RenderableType]:
         """Return bars for step and epoch, and a line on speed and memory."""
@@ -3438,8 +3365,8 @@ def epoch_line(stage: Stage, event: EpochDone) -> str:
     )
 
 
-def conclusion(stage: Stage, event: Finished) -> str:
-    best, last = event.best, event.last
+def conclusion(stage: Stage, event: EpochDone) -> str:
+    best, last = event.best, event.record
     return (
         f"stage {stage.name} is finished: top-1 {best.test_top1:.2f} % (best, epoch {best.epoch}), "
         f"{last.test_top1:.2f} % (last, epoch {last.epoch})"

@@ -2,13 +2,16 @@
 
 import copy
 import importlib.util
+import io
 import itertools
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 import warnings
@@ -16,7 +19,8 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -227,8 +231,25 @@ def published(plain: ModuleType, name: str) -> tuple[nn.Module, dict[str, Tensor
     return network, {renamed(ours): tensor for ours, tensor in network.state_dict().items()}
 
 
-def import_file(path: Path, network: str = "efficientnet_exx") -> Result:
-    return invoke("import", path, "--network", network, "--out", path.with_suffix(".safetensors"))
+def load_here(command: list[str], stdin: BinaryIO, **_: object) -> subprocess.CompletedProcess[bytes]:
+    """Run the loader of published files in this process, in place of seconds for one of its own."""
+    streams = SimpleNamespace(buffer=stdin), SimpleNamespace(buffer=io.BytesIO())
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        patch.setattr(sys, "stdin", streams[0])
+        patch.setattr(sys, "stdout", streams[1])
+        patch.setattr(resource, "setrlimit", lambda *_: None)
+        try:
+            exec(command[-1], {})
+            return subprocess.CompletedProcess(command, 0, streams[1].buffer.getvalue())
+        except Exception:
+            return subprocess.CompletedProcess(command, 1, b"")
+
+
+def import_file(path: Path, network: str = "efficientnet_exx", alone: bool = False) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        if not alone:
+            patch.setattr(subprocess, "run", load_here)
+        return invoke("import", path, "--network", network, "--out", path.with_suffix(".safetensors"))
 
 
 Published = tuple[nn.Module, dict[str, Tensor], Path]
@@ -241,7 +262,7 @@ def published_exx(plain: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("published") / "net.pytar"
     old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(old, path, _use_new_zipfile_serialization=False)
-    assert import_file(path).exit_code == 0
+    assert import_file(path, alone=True).exit_code == 0
     return network, state, path.with_suffix(".safetensors")
 
 
@@ -276,8 +297,8 @@ def test_a_file_of_a_later_torch_is_taken_at_any_width(plain: ModuleType, tmp_pa
     same_function(load_network(tmp_path / "x.safetensors"), network)
 
 
-def refused(path: Path, message: str) -> None:
-    result = import_file(path)
+def refused(path: Path, message: str, alone: bool = False) -> None:
+    result = import_file(path, alone=alone)
     assert (result.exit_code, result.output.count("\n")) == (3, 1), result.output
     assert message in result.stderr and not path.with_suffix(".safetensors").exists()
 
@@ -287,7 +308,7 @@ OTHERS = {  # what an exx has in the place of that bias, or beside it, and what 
     "nan": ({NAME: BIAS * float("nan")}, "embedding.bias is not finite"),
     "infinite once it is float32": ({NAME: BIAS.double() * 1e300}, "embedding.bias is not finite"),
     "long": ({NAME: BIAS.long()}, "embedding.bias has type torch.int64 where torch.float32 is expected"),
-    "huge": ({NAME: torch.ones(1).expand(10**12)}, "embedding.bias has shape (1000000000000,) where (200,) is"),
+    "huge": ({NAME: torch.ones(1).expand(10**12)}, "expected a dict of dense tensors of floats"),
     "of another shape": ({NAME: torch.ones(1, 200)}, "embedding.bias has shape (1, 200) where (200,) is expected"),
     "missing": ({NAME: None}, "embedding.bias is missing"),
     "extra": ({"extra": BIAS}, '"extra" is not in this network'),
@@ -318,7 +339,7 @@ def strangers(marker: Path) -> dict[str, object]:
     with warnings.catch_warnings(action="ignore"):  # of kinds that torch calls beta, or about to go
         in_place = {
             "bool": BIAS.bool(), "int": BIAS.int(), "float8": BIAS.to(torch.float8_e4m3fn), "complex": BIAS * 1j,
-            "conjugated": (BIAS * 1j).conj(), "negated": torch.complex(BIAS, BIAS).conj().imag,
+            "conjugated": (BIAS * 1j).conj(),
             "sparse": BIAS.to_sparse(), "compressed": torch.eye(200).to_sparse_csr(), "meta": BIAS.to("meta"),
             "quantised": torch.quantize_per_tensor(BIAS, 0.1, 0, torch.qint8), "parameter": nn.Parameter(BIAS),
             "text": "a bias", "number": 3, "nothing": None, "payload": touch,
@@ -331,7 +352,7 @@ def strangers(marker: Path) -> dict[str, object]:
     return {kind: {NAME: thing} for kind, thing in in_place.items()} | alone
 
 
-NO_DICT = "expected a dict of tensors that torch.save has written"
+NO_DICT = "expected a dict of dense tensors of floats that torch.save has written"
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -357,16 +378,27 @@ EATERS = {
 
 
 @pytest.mark.parametrize("kind", [*EATERS, "zipped"])
-def test_a_file_that_would_eat_the_machine_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+def test_a_file_that_would_eat_the_machine_is_refused_in_time(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micronet, "PATIENCE", 5)
     path = tmp_path / "evil.pytar"
     if kind in EATERS:
         path.write_bytes(EATERS[kind] * 5)
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/data.pkl", EATERS["key"])
-    begun = time.process_time()
-    refused(path, str(path))
-    assert time.process_time() - begun < 3
+    begun = time.monotonic()
+    refused(path, NO_DICT, alone=True)
+    assert time.monotonic() - begun < 60
+
+
+def test_a_file_that_asks_for_too_much_memory_is_refused(
+    published_exx: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(published_exx[1], path := tmp_path / "net.pytar")
+    monkeypatch.setattr(micronet, "LOADER", micronet.LOADER.replace("2**33", "2**20"))
+    refused(path, NO_DICT, alone=True)
 
 
 def test_what_torch_save_has_not_written_is_refused(tmp_path: Path) -> None:
@@ -388,7 +420,7 @@ def test_what_torch_save_has_not_written_is_refused(tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w", method) as archive:
             archive.writestr("x/data.pkl", bytes(10**6))
             archive.filelist *= times
-        refused(path, "a compressed archive")
+        refused(path, NO_DICT)
     refused(tmp_path / "missing.pytar", "No such file")
     os.mkfifo(tmp_path / "pipe.pytar")
     for no_file in (tmp_path, tmp_path / "pipe.pytar"):

@@ -26,11 +26,12 @@ from test_program import CHAIN
 from test_tables import B0, COST, EXX, FACTS, KEPT, TEACHER, record
 
 import micronet
-from micronet import EpochDone, Finished, Kept, Started, Stepped, curve
+from micronet import EpochDone, Kept, Started, Stepped, curve
 
 BEGUN = Started(EXX, FACTS, COST, TEACHER, list(KEPT[1].history), ["WARNING: a note"])
 STEP = Stepped(5, 3, 0.07, torch.tensor([576.0, 96.0]), 384)
 EPOCHS = [EpochDone(record(3, 62.0), record(3, 62.0)), EpochDone(record(4, 60.0), record(3, 62.0))]
+LAST = EpochDone(record(70, 60.0), record(3, 62.0))
 
 
 def picture(width: int, height: int, kept: list[Kept] = KEPT, begun: Started = BEGUN) -> list[str]:
@@ -107,13 +108,15 @@ def test_the_last_screen_says_how_it_ended_in_any_encoding(error: Exception | No
     file.isatty = lambda: True
     console = micronet.new_console(file=file, width=80, height=24, force_terminal=True)
     with suppress(micronet.Stopped, OSError), micronet.choose_view(console, KEPT) as view:
-        for event in (BEGUN, *EPOCHS, STEP, *[Finished(EPOCHS[0].record, EPOCHS[1].record)] * (error is None)):
+        for event in (BEGUN, *EPOCHS, STEP, *[LAST] * (error is None)):
             view(event)
         if error:
             raise error
     file.flush()
     written = file.buffer.getvalue().decode("ascii")
-    assert given_back(written) and re.search(rf"{state}[| ]+4/70", visible(written).split("running")[-1])
+    assert given_back(written) and re.search(
+        rf"{state}[| ]+{4 if error else 5}/70", visible(written).split("running")[-1]
+    )
     assert ("stage a-long-name is finished: top-1 " in written) == (error is None)
 
 
@@ -167,7 +170,7 @@ def test_a_pipe_gets_a_line_an_epoch(variable: str, monkeypatch: MonkeyPatch) ->
     monkeypatch.setenv(variable, "1")
     console = Console(file=io.StringIO(), width=100)
     with micronet.choose_view(console, KEPT) as view:
-        for event in (BEGUN, *EPOCHS, STEP, Finished(EPOCHS[0].record, EPOCHS[1].record)):
+        for event in (BEGUN, *EPOCHS, STEP, LAST):
             view(event)
     assert console.file.getvalue().splitlines() == [
         "stage a-long-name: efficientnet_exx, 2,418,650 parameters, score 0.066818, "
@@ -181,7 +184,9 @@ def test_a_pipe_gets_a_line_an_epoch(variable: str, monkeypatch: MonkeyPatch) ->
         "test loss 1.375 top-1 62.00 % top-5 81.00 %  best 62.00 %  1,003 images/s  23.0 s",
         "a-long-name  epoch 4/70  lr 0.16  train loss 3.500 top-1 15.00 %  "
         "test loss 1.500 top-1 60.00 % top-5 80.00 %  best 62.00 %  1,004 images/s  24.0 s",
-        "stage a-long-name is finished: top-1 62.00 % (best, epoch 3), 60.00 % (last, epoch 4)",
+        "a-long-name  epoch 70/70  lr 0.00914  train loss 11.750 top-1 15.00 %  "
+        "test loss 9.750 top-1 60.00 % top-5 80.00 %  best 62.00 %  1,070 images/s  1:30 min",
+        "stage a-long-name is finished: top-1 62.00 % (best, epoch 3), 60.00 % (last, epoch 70)",
     ]
 
 
