@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the smallest image classifiers that hold their accuracy: a chain of EfficientNets, each taught by the last.
 
-    b3 -> b3 refined -> b0 -> ex and exx                      (CIFAR-100, 32 x 32, or images of your own, up to 256 x 256)
+    b3 -> b3 refined -> b0 -> ex and exx                     (CIFAR-100, 32 x 32, or images of your own, to 256 x 256)
 
 A stage trains one network. From the second stage on a frozen teacher labels the very crop that the student sees
 (label refinery [1, 2]), and the best network of a stage is the teacher of the next. The smallest two, ex and exx,
@@ -12,10 +12,10 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
     micronet.py chain                           train all stages, teachers first, skipping what is finished
     accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3         train one stage
     micronet.py show                            where a chain stands, with curves
-    micronet.py evaluate ckpt/ex                                   accuracy of its best network; --classes: of each class
+    micronet.py evaluate ckpt/ex                accuracy of its best network, with --classes of every class
     micronet.py score                           parameters, operations and MicroNet score of every network
-    micronet.py export ckpt/ex ex.onnx                             the network as it ships, folded
-    micronet.py predict ex.onnx photo.jpg                          the likeliest classes of an image
+    micronet.py export ckpt/ex ex.onnx          the network as it ships, folded
+    micronet.py predict ex.onnx photo.jpg       the likeliest classes of an image
 
 The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
 Networks, Losses and, in Training, `train_stage`. The program around it: Cost (what a network costs), Files (a
@@ -380,9 +380,11 @@ def parse_toml(where: str, content: bytes) -> dict[str, Any]:
 
 def settings(pairs: list[str] | None, seed: int | None = None) -> dict[str, Any]:
     """Return the keys of all stages that the command line sets, by KEY=VALUE or --seed; raises Misconfigured."""
-    text = os.fsencode("\n".join(pairs or ()))
-    table = parse_toml("--set (expected KEY=VALUE as in a stages file, text in quotes)", text)
-    return checked_table("--set", table | ({} if seed is None else {"seed": seed}))
+    table: dict[str, Any] = {}
+    for pair in pairs or ():
+        where = f"--set {shown(pair)}: expected KEY=VALUE as in a stages file, such as epochs=9 or 'network=\"ex\"'"
+        table |= parse_toml(where, os.fsencode(pair))
+    return checked_table("--set", table if seed is None else table | {"seed": seed})
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -426,7 +428,7 @@ def stage_from(where: str, name: str, values: dict[str, Any], scan: Callable[[st
     data = stage.data
     for name, most, words in (
         ("train_images", data.train, f"{data.train}, what {stage.dataset} has"),
-        ("test_images", data.test, f"{data.test}, what {stage.dataset} has"),
+        ("test_images", most := max(data.validation, data.test), f"{most}, what {stage.dataset} has"),
         ("batch_size", stage.train_size, f"the {stage.train_size} training images"),
     ):
         if (getattr(stage, name) or 0) > most:
@@ -476,6 +478,8 @@ def unacceptable(where: str, name: str, value: Any, accepted: str) -> Misconfigu
 
 def shown(value: Any) -> str:
     """Return a value as one short line of TOML (near enough)."""
+    if isinstance(value, Dataset):
+        return str(value)
     text = json.dumps(value, default=str, ensure_ascii=True)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -488,7 +492,7 @@ def is_path(teacher: str) -> bool:
 def find_stage(stages: dict[str, Stage], name: str) -> Stage:
     """Return the stage of that name; raises Misconfigured."""
     if name not in stages:
-        raise Misconfigured(f"{shown(name)}: no such stage; there are {', '.join(stages)}")
+        raise Misconfigured(f"{shown(name)}: no such stage; there are {', '.join(stages)} (or name --stages)")
     return stages[name]
 
 
@@ -533,7 +537,7 @@ def stream_seed(*what: Any) -> int:
 
 SIDE, SIDES = 32, range(32, 257, 32)  # pixels in height and width: of `DATASETS`, and what a folder may have
 
-MEAN, STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # of CIFAR-100's training pixels in [0, 1], RGB [1]
+MEAN, STD = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # RGB in [0, 1]: CIFAR-10's, for all data as in [1]
 LUMA = (0.2989, 0.587, 0.114)  # grey from RGB, ITU-R 601-2 as in torchvision
 
 
@@ -551,7 +555,9 @@ class Dataset:
     class_names: tuple[str, ...] = ()  # of a folder
 
     def __str__(self) -> str:
-        return f"{self.train}, {self.validation}, {self.test} images of {self.classes}: {', '.join(self.class_names)}"
+        names = ", ".join(self.class_names[:5]) + ", ..." * (self.classes > 5)
+        parts = f"{self.train:,} to train on, {self.validation:,} for validation, {self.test:,} to test on"
+        return f"{parts}, {self.classes:,} classes: {names}"
 
 
 DATASETS = {
@@ -661,10 +667,11 @@ def image_files(folder: Path, part: Part) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for top in (folder / name for name in FOLDERS[part]):
         for path in sorted(top.iterdir()) if top.is_dir() else ():
-            if path.is_dir() and path.name[0] != ".":
+            if (path.is_dir() or path.is_symlink()) and path.name[0] != ".":  # a broken link is an error
                 found = files.setdefault(unicodedata.normalize("NFC", path.name), [])
                 for at, folders, names in os.walk(path, onerror=fail):
                     folders[:] = [name for name in folders if name[0] != "."]
+                    names += [name for name in folders if os.path.islink(os.path.join(at, name))]  # no image: said so
                     found += [Path(at, name) for name in names if name[0] != "." and name not in LITTER]
     return dict(sorted(files.items()))
 
@@ -814,11 +821,14 @@ def random_images(stage: Stage, n: int) -> Images:
     return Images(drawn(256, (n, 3, stage.side, stage.side), dtype=torch.uint8), drawn(stage.classes, (n,)), [])
 
 
-def images_at_hand(stage: Stage, data: Path, watch: Watch) -> tuple[Images, str]:
-    """Return the images that a stage's epochs were tested on if they are there, else random ones, and what they are."""
+def images_at_hand(about: Metadata, data: Path, watch: Watch) -> tuple[Images, str]:
+    """Return the images that a network's epochs were tested on, else others or random ones, and which they are."""
+    stage = about.stage
     names = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
     if stage.dataset == "synthetic" or (data / names.get(stage.dataset, stage.dataset.removeprefix(FOLDER))).is_dir():
-        return load_images(stage, data, "validation", watch), f"{stage.tested_on} images"
+        images = load_images(stage, data, "validation", watch)
+        same = about.images is None or about.images.get(stage.tested_on) == images_digest(images)
+        return images, f"{stage.tested_on} images" if same else "other images"
     return random_images(stage, 1000), "random images"
 
 
@@ -931,7 +941,7 @@ def resampling_weights(
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to mean 0 and variance 1, over CIFAR-100; channels_last."""
+    """Shift and scale RGB values in [0, 1] (N, 3, H, W) to mean 0 and variance 1, over CIFAR-10; channels_last."""
     mean, std = per_channel(MEAN, images.device), per_channel(STD, images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -1460,7 +1470,7 @@ class Metadata:
     teacher: Teacher | None = None
     cost: Cost | None = None  # by the seed's rules
     facts: Facts | None = None
-    images: str | None = None  # SHA-256 of what it was trained and tested on
+    images: dict[str, str] | None = None  # SHA-256 of what it was trained on and what its epochs were tested on
     scaler: dict[str, Any] | None = None  # the loss scale of fp16
     best_network: str | None = None  # SHA-256 of the best epoch's tensors
     exported: Origin | None = None
@@ -1488,7 +1498,7 @@ class Metadata:
             "epoch": 1 <= self.epoch <= (n or self.stage.epochs),
             "last": not n or self.last == tested[-1],
             "best": 1 <= self.best.epoch <= self.last.epoch and (not n or self.best in tested),
-            "class_names": len(self.class_names) == (0 if self.imported else self.stage.classes)
+            "class_names": (len(self.class_names) == self.stage.classes or not self.class_names and not n)
             and (not self.stage.folder or self.stage.folder.class_names == self.class_names),
             "teacher": bool(self.imported) or (self.teacher is None) == (self.stage.teacher is None),
             "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
@@ -1713,13 +1723,16 @@ def check_output(target: Path, older: str | None = None) -> None:
     if any(path.exists() for path in (*last_paths(folder), folder.with_name(f".{folder.name}.lock"))):
         raise Misconfigured(f"{target}: {folder} keeps a stage: expected a name elsewhere")
     if target.is_file() and (content := target.read_bytes()) and not (older and re.search(older.encode(), content)):
-        raise Misconfigured(f"{target}: holds what this command has not written: expected another name")
+        raise Misconfigured(f"{target}: holds what this command has not written: expected another name or folder")
 
 
 def write_output(target: Path, content: bytes) -> None:
     """Write what a command puts out; a link stays, and a pipe or a device is written to."""
     if target.exists() and not target.is_file():
-        target.write_bytes(content)
+        try:
+            target.write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from None
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target.resolve(), content)
@@ -1934,7 +1947,7 @@ def check_unchanged(stage: Stage, ckpt: Path, state: State) -> None:
     if changes:
         raise Misconfigured(
             f"stage {stage.name}: {state.path} comes from another definition: {'; '.join(changes)}; "
-            "undo the change, train it anew with run-stage --restart, or name another --ckpt"
+            f"undo the change, train it anew (chain {stage.name} --restart), or name another --ckpt"
         )
 
 
@@ -2198,8 +2211,8 @@ EXPORTS = (".safetensors", ".onnx", ".pt2")
 def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: bool) -> dict[str, Any]:
     """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
 
-    On the test images where they are at hand, on random images where not. A `card` is written beside it, with a list
-    of classes. Raises Failure, and then writes nothing.
+    On the images that its epochs were tested on where they are at hand, on random images where not. A `card` is
+    written beside it, with a list of classes. Nothing is written unless the export does what it should; raises Failure.
     """
     check_export(out)
     path = checkpoint_file(path)
@@ -2208,14 +2221,14 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     names = "".join(f"{name}\n" for name in about.class_names)
     if card:
         check_output(labels, older=rf"\A{re.escape(names)}\Z")
-        check_output(readme, older=f"{CARD_TAG}")
+        check_output(readme)
     if about.exported:
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
     network = network_from(path, tensors, about)
     folded = fold_network(copy.deepcopy(network).double()).float()
     stage, cost = about.stage, total_cost(layer_costs(folded, "official").values())
     rounded = copy.deepcopy(folded).half().float()
-    images, on = images_at_hand(stage, data, watch)
+    images, on = images_at_hand(about, data, watch)
     before, ours, predicted = (outputs(path, n, images, watch) for n in (network, folded, rounded))
 
     def top1(cosines: Tensor) -> float | None:
@@ -2224,12 +2237,12 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
 
     # folded, cosines come times the length of the embedding, which differs from image to image
     scale = stage.scale * (before.norm() / ours.norm()).item() if on != "random images" else None
-    origin, expected = Origin(path.name, about.tensors, top1(predicted), scale), Input(stage.side, "RGB", MEAN, STD)
-    about = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None)
-    explained = replace(about, exported=origin, input=expected)
+    origin = Origin(path.name, about.tensors, None if on == "other images" else top1(predicted), scale)
+    explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
+    explained = replace(explained, input=Input(stage.side, "RGB", MEAN, STD))
     content, computes = export_network(out, folded, explained)
     after = outputs(out, computes, images, watch)
-    write_output(out, content)
+    off = ((stage.scale * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
     result = {
         "file": str(out),
         "bytes": len(content),
@@ -2241,16 +2254,17 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         "largest": ours.abs().max().item(),
         "top1_before": top1(before),
         "top1": top1(after),
+        "probabilities_off": {"mean": off.mean().item(), "most": off.max().item()} if scale else None,
         "score": cost.score if stage.is_scored else None,
     }
+    write_output(out, content)
     if card:
-        write_output(readme, model_card(out, explained, cost, result).encode())
         if names:
             write_output(labels, names.encode())
+        write_output(readme, model_card(out, about, scale, cost, result).encode())
     return result
 
 
-CARD_TAG = "library_name: micronet"
 LOADING = {
     ".safetensors": "from micronet import load_network\n\noutputs = load_network({!r})(images)",
     ".pt2": "import torch\n\noutputs = torch.export.load({!r}).module()(images)",
@@ -2258,41 +2272,38 @@ LOADING = {
 }
 
 
-def model_card(out: Path, about: Metadata, cost: Cost, result: dict[str, Any]) -> str:
+def model_card(out: Path, about: Metadata, scale: float | None, cost: Cost, result: dict[str, Any]) -> str:
     """Return the model card of an export, in the format of the Hugging Face hub (YAML, of which JSON is a part)."""
-    stage, top1, scale, size = about.stage, result["top1"], about.exported.scale, about.input.side
-    on, score = (
-        f"{result['images']:,} {result['on']}",
-        "" if result["score"] is None else f"| MicroNet score | {result['score']:.4f} |\n",
-    )
-    tested: dict[str, Any] = {
-        "task": {"type": "image-classification"},
-        "dataset": {"name": stage.dataset, "type": stage.dataset},
-    }
-    tested["metrics"] = [{"type": "accuracy", "name": f"top-1, percent of {on}", "value": top1}]
-    index = "" if top1 is None else f"model-index: {json.dumps([{'name': stage.name, 'results': [tested]}])}\n"
+    stage, top1, on = about.stage, result["top1"], f"{result['images']:,} {result['on']}"
+    metric = {"type": "accuracy", "name": f"top-1, percent of {on}", "value": top1}
+    tested = {"task": {"type": "image-classification"}, "dataset": {"name": stage.dataset, "type": stage.dataset}}
+    index = json.dumps([{"name": stage.name, "results": [tested | {"metrics": [metric]}]}])
     taught = f", taught by {about.teacher.stage} ({percent(about.teacher.tested.top1)})" if about.teacher else ""
+    source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}"
+    chosen = ", on which its epoch was chosen" if about.images and result["on"].startswith(stage.tested_on) else ""
+    score = f"| MicroNet score | {result['score']:.4f} |\n" if stage.is_scored else ""
     order = ", in the order of labels.txt" if about.class_names else ""
-    softmax = f" Softmax of {scale:.4g} x the outputs gives about the probabilities of training." if scale else ""
+    softmax = f" Softmax of {scale:.4g} x the outputs gives rough probabilities." if scale else ""
     return f"""---
-{CARD_TAG}
+library_name: micronet
 pipeline_tag: image-classification
 tags: [efficientnet]
-{index}---
+{"" if top1 is None else f"model-index: {index}"}
+---
 # {stage.name}
 
-{stage.network} for {stage.classes} classes, trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}.
+{stage.network} for {stage.classes} classes, {f"as published in {about.imported.file}" if about.imported else source}.
 
 | | |
 |---|---|
-| top-1 of {out.name} | {"not measured" if top1 is None else f"{percent(top1)} of {on}, on which its epoch was chosen"} |
+| top-1 of {out.name} | {"not measured" if top1 is None else f"{percent(top1)} of {on}{chosen}"} |
 | parameters | {cost.params:,} |
 | multiply-accumulates | {cost.flops:,} |
 | operations, a multiplication of 16 bits counting half | {cost.ops:,.0f} |
 | bytes | {result["bytes"]:,} |
 {score}
-**Input** (N, 3, {size}, {size}) float32: the middle square of an image, turned as its EXIF data say and resized with
-antialiasing; {about.input.order}; (value / 255 - mean) / std with mean {list(MEAN)} and std {list(STD)}.
+**Input** (N, 3, {stage.side}, {stage.side}) float32: the middle square of an image, turned as its EXIF data say and
+resized with antialiasing; RGB; (value / 255 - mean) / std with mean {list(MEAN)} and std {list(STD)}.
 
 **Output** (N, {stage.classes}): the largest is the class{order}.{softmax}
 
@@ -2443,7 +2454,8 @@ for name, tensor in state.items():
     assert isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_cpu
     assert tensor.dtype in (torch.half, torch.bfloat16, torch.float, torch.double, torch.long)
     assert tensor.numel() < 2**27
-sys.stdout.buffer.write(save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}))
+    state[name] = tensor.clone(memory_format=torch.contiguous_format)
+sys.stdout.buffer.write(save(state))
 """
 
 
@@ -2485,7 +2497,7 @@ class Run:
     model: nn.Module  # the student as accelerate prepared it: autocast, DDP, compiled
     cost: Cost
     facts: Facts
-    images: str = ""  # SHA-256 of those of `train` and `test`
+    images: dict[str, str] = field(default_factory=dict)  # SHA-256 of `train` and `test`
     teacher: nn.Module | None = None
     taught_by: Teacher | None = None
     history: list[Record] = field(default_factory=list)
@@ -2758,13 +2770,13 @@ def open_run(
     teacher, taught_by = load_teacher(stage, ckpt, state)
     # one process downloads, see `download`
     train, test = (load_images(stage, data, part, watch) for part in ("train", "validation"))
-    images = images_digest(train, test)
+    images = {"train": images_digest(train), stage.tested_on: images_digest(test)}
     if (len(train.labels), len(test.labels)) != (stage.train_size, stage.test_size) or (
         state and state.metadata.images != images
     ):
         raise Refused(
             f"stage {stage.name}: the images of {stage.dataset} have changed since it began: restore them, or train it "
-            "anew with --restart"
+            f"anew (chain {stage.name} --restart)"
         )
     run = new_run(stage, accelerator, train, test)
     run.images = images
@@ -2776,11 +2788,10 @@ def open_run(
     return run
 
 
-def images_digest(train: Images, test: Images) -> str:
+def images_digest(images: Images) -> str:
     """Return the SHA-256, in hex, of pixels, labels and class names."""
-    parts = {"train": train, "test": test}
-    tensors = {f"{part}.{kind}": getattr(parts[part], kind) for part in parts for kind in ("pixels", "labels")}
-    return hashlib.sha256(f"{digest(tensors)} {train.class_names}".encode()).hexdigest()
+    tensors = {"pixels": images.pixels, "labels": images.labels}
+    return hashlib.sha256(f"{digest(tensors)} {images.class_names}".encode()).hexdigest()
 
 
 def go_on(run: Run, folder: Path, state: State) -> None:
@@ -3350,6 +3361,7 @@ def introduction(event: Started) -> list[str]:
         f"teacher: {taught}",
         f"runs on: {facts.device}, {count(facts.processes, 'process')}, {facts.precision}, {compiled}{launched}",
     ]
+    lines[1:1] = [f"images: {stage.folder}"] if stage.folder else []
     done = len(event.history)
     return lines + event.notes + [f"goes on after epoch {done} of {stage.epochs}"] * (done > 0)
 
@@ -3539,6 +3551,8 @@ def export_table(results: list[dict[str, Any]]) -> Table:
         table.add_row("largest difference of an output", f"{r['difference']:.2g}")
         table.add_row("largest output", f"{r['largest']:.2g}")
         table.add_row("top-1 before, as exported", f"{percent(r['top1_before'])}, {percent(r['top1'])}")
+        if off := r["probabilities_off"]:
+            table.add_row("probabilities off by, mean and most", f"{off['mean']:.3f}, {off['most']:.3f}")
         if r["score"] is not None:
             table.add_row("official score", f"{r['score']:.6f}")
     return table
@@ -3621,10 +3635,10 @@ class StopRequest:
     more later (`uv run` sends each Ctrl-C twice), ends the process at once.
     """
 
-    def __init__(self, anew: bool = False) -> None:
+    def __init__(self) -> None:
         self.then: Callable[[], None] = lambda: None
         self.signum: int | None = None
-        self.anew = anew  # the command would not go on with --restart
+        self.anew = False  # --restart has moved aside what was kept: with it the same command would not go on
 
     def __enter__(self) -> StopRequest:
         self.launcher = os.getppid() if is_launched() else None
@@ -3697,13 +3711,14 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
                 settle(folder, state, thorough=True)
             say(view.console, f"stage {stage.name} is finished: {best_path(folder)} (--restart trains it anew)")
             return
-        with StopRequest(restart) as stop, view:
+        with StopRequest() as stop, view:
             stop.then = functools.partial(give_up, stage, state, stop)
             run = open_run(stage, data, ckpt, accelerator, state, progress if check_held else unwatched)
             if check_held:
                 run.notes += check_room(folder, run.student, anew=restart)
                 if restart and (aside := set_aside(folder)):
                     run.notes.append(f"{folder} is now {aside}")
+                stop.anew = restart
             open_trackers(stage, accelerator)
             for event in stoppable(stage, run, stop):
                 if isinstance(event, EpochDone) and check_held:
@@ -3823,7 +3838,9 @@ def read_launch(config_file: Path) -> Any:
             raise ValueError("num_processes is missing")
         return config
     except OSError as error:
-        raise Misconfigured(f"{config_file}: {error.strerror or error}; expected accelerate's configuration") from None
+        raise Misconfigured(
+            f"{config_file}: {error.strerror or error}; expected accelerate's configuration (--config-file)"
+        ) from None
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
         raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
 
@@ -3902,10 +3919,9 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     with pausing(child.pid):
         said, trouble = listen(child, stop)
     kept = read_kept(stage, ckpt)
-    finished = kept.is_finished and (child.returncode == 0 or "--restart" not in options)  # else it may be the old one
-    if stop.signum is not None and not finished:
+    if stop.signum is not None and not kept.is_finished:
         raise stop.stopped(stage, len(kept.history))
-    if finished and not said:
+    if kept.is_finished and not said:
         return sys.stderr.writelines(trouble)
     raise stage_failure(kept, ckpt, said, trouble, child.returncode, stop.anew)
 
@@ -3940,7 +3956,9 @@ def stage_failure(
             log.write_text("".join(trouble), errors="replace")
             reason += f" (all of it in {log})"
     failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
-    if not ours or code not in [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite)]:  # met again
+    if not ours or code not in [
+        kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)
+    ]:  # met again
         failure += f"; {resumption(kept.stage, len(kept.history), anew)}"
     return Failure(failure, code)
 
@@ -4068,6 +4086,9 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                 if "stages" in options:
                     over = settings(options.get("changes"), options.get("seed"))
                     load_stages(options["stages"], options["data"] or Path("data"), over)
+                for path in options.get("checkpoints") or [options.get("checkpoint")]:
+                    if path and path.suffix not in EXPORTS[1:]:
+                        read_metadata(path)  # which does not wait for torch to say that there is none
                 if options.get("lifeline"):
                     threading.Thread(target=watch_lifeline, daemon=True).start()
             except (Failure, OSError) as error:
@@ -4169,14 +4190,19 @@ def chain(
     given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
     options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
     options += [f"--set={change}" for change in changes or ()] + [f"--among={each.stage.name}" for each in todo]
-    with StopRequest(restart) as stop:
+    with StopRequest() as stop:
         launch = plan_launch(config_file, console) if left else None
+        for name in named if restart else ():
+            with locked(every[name], ckpt):
+                if aside := set_aside(ckpt / name):
+                    say(console, f"{ckpt / name} is now {aside}")
+        stop.anew = restart
         try:
             for name, stage in left.items():
                 if load_stages(stages, data, over).get(name) != stage:
                     raise Misconfigured(f"{stages}: stage {name} has changed since this chain began: start it again")
                 say(console, f"stage {name} is being started")
-                launch_stage(launch, stage, options + ["--restart"] * (restart and name in named), ckpt, stop)
+                launch_stage(launch, stage, options, ckpt, stop)
         finally:
             console.print(outcome_table([read_kept(each.stage, ckpt, strict=False) for each in todo]))
 

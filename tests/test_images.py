@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -20,7 +21,7 @@ from torchvision.models import efficientnet_b0
 from torchvision.transforms import functional as transforms
 
 import micronet
-from micronet import Refused, Stage, load_checkpoint, load_images, read_metadata, scan_folder
+from micronet import Refused, Stage, load_checkpoint, load_images, open_run, read_metadata, scan_folder
 
 PHOTOS = TINY.replace('"synthetic"', '"folder:pets"').replace("train_images = 40\ntest_images = 50\n", "side = 64\n")
 
@@ -294,6 +295,7 @@ def test_what_cannot_be_read_is_counted_and_three_are_named(tmp_path: Path) -> N
         "notes.txt": (lambda p: p.write_text("x"), "no image, or of a kind"),
         "pipe.png": (os.mkfifo, "not a file"),
         "gone.png": (lambda p: p.symlink_to("nowhere"), "No such file"),
+        "folder": (lambda p: p.symlink_to("."), "not a file"),
         "grey16.png": (lambda p: Image.new("I;16", (9, 9)).save(p), "more than 8 bits a channel"),
         "rgb48.png": (png16, "more than 8 bits a channel"),
         "float.tiff": (lambda p: Image.new("F", (9, 9)).save(p), "more than 8 bits a channel"),
@@ -331,7 +333,10 @@ def test_images_that_do_not_fit_are_refused_with_the_sizes(tmp_path: Path, monke
     ):
         micronet.check_memory(torch.Size((10**6, 3, 96, 96)), 2**31)
     read(photo(0, 0, (32, 32)), "png", tmp_path)
-    monkeypatch.setattr(Path, "read_text", lambda path: "MemFree: 99999999 kB\nMemAvailable:   2 kB\n")
+    for kb in (3, 2):  # of which it takes three
+        monkeypatch.setattr(Path, "read_text", lambda path, kb=kb: f"MemFree: 99999 kB\nMemAvailable:   {kb} kB\n")
+        if kb == 3:
+            micronet.read_images([tmp_path / "image.png"], 32)
     with pytest.raises(Refused, match="1 image of 32 x 32 pixels take 0 MiB, 0 MiB of memory are free: lower side"):
         micronet.read_images([tmp_path / "image.png"], 32)
 
@@ -380,6 +385,54 @@ def test_other_images_end_a_stage_and_another_place_does_not(pets: Path, tmp_pat
     assert train(home, "first", "--data", home / "elsewhere").exit_code == 0
     one, other = (read_metadata(h / "ckpt" / "first" / "last.safetensors") for h in (home, pets))
     assert one.tensors == other.tensors and one.images == other.images
+
+
+def test_every_part_of_the_images_counts() -> None:
+    images = micronet.synthetic_images(20, train=True)
+    labels, pixels, names = images.labels.clone(), images.pixels.clone(), list(images.class_names)
+    labels[3], pixels[3, 0, 0, 0], names[3] = 7, pixels[3, 0, 0, 0] ^ 1, "x"
+    others = [
+        images,
+        images._replace(labels=labels),
+        images._replace(pixels=pixels),
+        images._replace(class_names=names),
+    ]
+    assert len({micronet.images_digest(each) for each in others}) == 4
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(pets: Path, tmp_path: Path) -> None:
+    stage = read_metadata(pets / "ckpt" / "first").stage
+    reset_accelerate()
+    for name in ("train", "validation"):
+        fewer = replace(stage.folder, **{name: getattr(stage.folder, name) - 1})
+        with pytest.raises(Refused, match="images of folder:pets have changed"):
+            open_run(replace(stage, folder=fewer), pets / "data", tmp_path, micronet.open_accelerator(), None)
+
+
+def test_an_export_calls_images_what_they_are(pets: Path, tmp_path: Path) -> None:
+    """Those of its epochs, or others of the same classes: test images where the validation images are gone, say."""
+    shutil.copytree(pets / "data", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "pets" / "val")
+    given = ["export", pets / "ckpt" / "second", tmp_path / "x" / "x.onnx", "--card", "--json"]
+    (result,) = json.loads(invoke(*given, "--data", tmp_path / "data").stdout)
+    assert (result["on"], result["images"]) == ("other images", 16)
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "of 16 other images |" in card and "was chosen" not in card and "validation" not in card
+    metadata = micronet.open_network(tmp_path / "x" / "x.onnx")[1]
+    assert metadata.exported.top1 is None
+
+
+def test_an_imported_network_exports(tmp_path: Path) -> None:
+    network, unknown = micronet.build_network("efficientnet_exx"), micronet.Tested(70, None, None)
+    origin, stage = micronet.Origin("ex.pytar", "0" * 64), Stage("imported", network="efficientnet_exx")
+    about = micronet.Metadata(stage, (), 70, unknown, unknown, imported=origin)
+    micronet.save_checkpoint(tmp_path / "exx.safetensors", network.state_dict(), about)
+    out = tmp_path / "out" / "exx.safetensors"
+    assert invoke("export", tmp_path / "exx.safetensors", out, "--card", "--data", tmp_path).exit_code == 0
+    assert "efficientnet_exx for 100 classes, as published in ex.pytar." in (out.parent / "README.md").read_text()
+    assert not (out.parent / "labels.txt").exists()
+    photo(0, 0, (50, 50)).save(tmp_path / "x.png")
+    assert len(json.loads(invoke("predict", out, tmp_path / "x.png", "--json").stdout)[0]["classes"]) == 3
 
 
 def test_a_checkpoint_needs_no_folder_and_a_changed_one_is_named(pets: Path, tmp_path: Path) -> None:
@@ -507,7 +560,9 @@ def test_a_card_takes_no_others_place(pets: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2 and f"{tmp_path / name}: holds what this command has not written" in result.stderr
         assert (tmp_path / name).read_text() == content and not (tmp_path / "x.safetensors").exists()
         (tmp_path / name).unlink()
-    assert [invoke(*given).exit_code for _ in range(2)] == [0, 0]  # its own it replaces
+    assert [invoke(*given).exit_code for _ in range(2)] == [0, 2]  # somebody may have written on the card since
+    (tmp_path / "README.md").unlink()
+    assert invoke(*given).exit_code == 0
 
 
 def test_predictions_are_the_networks(pets: Path, shipped: Path) -> None:

@@ -125,7 +125,10 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["run-stage", "chain", "bench"])
 def test_an_unknown_stage_is_named(command: str, write: Callable[..., Path]) -> None:
     result = invoke(command, "third", "--stages", write())
-    assert (result.exit_code, result.stderr) == (2, 'error: "third": no such stage; there are first, second\n')
+    assert (result.exit_code, result.stderr) == (
+        2,
+        'error: "third": no such stage; there are first, second (or name --stages)\n',
+    )
 
 
 def test_a_mistake_does_not_wait_for_torch(write: Callable[..., Path]) -> None:
