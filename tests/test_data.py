@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 from torchvision.datasets import CIFAR100
 from torchvision.transforms import RandomResizedCrop
@@ -52,17 +53,21 @@ def test_crop_and_resize(pixels: Tensor) -> None:
         torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_all_at_once_in_the_published_order(pixels: Tensor) -> None:
-    plan = plan_epoch(replace(STAGE, batch_size=100), 1).at(0)
+@pytest.mark.parametrize("side", [32, 96])
+def test_all_at_once_in_the_published_order(side: int) -> None:
+    pixels = torch.randint(0, 256, (N, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    plan = plan_epoch(replace(STAGE, batch_size=100, side=side), 1).at(0)
     images = denormalize(augment(pixels[plan.image % N], plan))
     for i, image in enumerate(images):
         how = [value[i].item() for value in plan]
         expected = pixels[how[0] % N].float() / 255
         expected = transforms.adjust_brightness(expected, how[1])
         expected = transforms.adjust_contrast(expected, how[2])
-        expected = transforms.resized_crop(expected, *(int(v) for v in how[3:7]), [32, 32], antialias=True)
+        expected = transforms.resized_crop(expected, *(int(v) for v in how[3:7]), [side, side], antialias=True)
         expected = transforms.hflip(expected) if how[7] else expected
-        torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(image, expected, atol=2e-5, rtol=1e-5)
+    crops = plan.height < side
+    assert (plan.top[crops] + plan.height[crops] > 0.8 * side).any() and (plan.height[crops] > side / 2).any()
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -133,6 +138,16 @@ def test_cifar100_is_torchvisions(cifar100: Path) -> None:
         for i in (0, 7, 199):
             picture, label = oracle[i]
             assert torch.equal(images.pixels[i], transforms.pil_to_tensor(picture)) and images.labels[i] == label
+
+
+def test_mean_and_deviation_are_those_of_cifar10() -> None:
+    """Which the method's authors take for CIFAR-100 [1]."""
+    if not (data := ROOT / "data" / "cifar-10-batches-py").exists():
+        pytest.skip("no CIFAR-10 in data/")
+    pixels = load_images(Stage("s", network="efficientnet_b0", dataset="cifar10"), data.parent, "train").pixels
+    channels = pixels.double().div(255).transpose(0, 1).flatten(1)
+    assert [round(v, 4) for v in channels.mean(1).tolist()] == list(MEAN)
+    assert channels.std(1).tolist() == pytest.approx(STD, abs=2e-4)
 
 
 def test_missing_or_damaged_cifar100_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -454,6 +454,26 @@ def test_a_checkpoint_needs_no_folder_and_a_changed_one_is_named(pets: Path, tmp
     assert result.exit_code == 3 and "its classes are cat, wolf: expected those of the stage, cat, dog" in result.stderr
 
 
+def test_test_images_limit_both_parts(pets: Path, tmp_path: Path) -> None:
+    """Validation images and test images, of which there are 12 and 16 here."""
+    for n, sizes in ((14, (12, 14)), (10, (10, 10)), (17, None)):
+        (tmp_path / "stages.toml").write_text(PHOTOS + f"test_images = {n}")
+        if sizes:
+            stage = micronet.load_stages(tmp_path / "stages.toml", pets / "data")["second"]
+            parts = (load_images(stage, pets / "data", part).labels for part in ("validation", "test"))
+            assert tuple(map(len, parts)) == sizes and stage.test_size == sizes[0]
+        else:
+            result = invoke("chain", "--dry-run", "--stages", tmp_path / "stages.toml", "--data", pets / "data")
+            assert "test_images = 17: expected at most 16" in result.stderr
+    fewer = Stage(
+        "s", network="b0", dataset="folder:x", folder=micronet.Dataset(40, 4, 2, 8, ("a", "b")), test_images=7
+    )
+    assert (
+        micronet.typed(Stage, micronet.plain(fewer) | {"network": "efficientnet_b0", "batch_size": 8}, "s").test_size
+        == 7
+    )
+
+
 def test_a_teacher_sees_what_its_student_sees(pets: Path, tmp_path: Path) -> None:
     path = pets / "ckpt" / "first" / "best.safetensors"
     for line, error in (("side = 96", "side = 64: expected 96"), ("", None)):
