@@ -457,18 +457,18 @@ def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
         others = ", ".join(name for name in stages if name != stage.name) or "there is none"
         raise unacceptable(where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint")
     teacher = stages[stage.teacher]
-    if name := differing(stage, teacher):
-        raise unacceptable(where, name, getattr(stage, name), f"its teacher's, {shown(getattr(teacher, name))}")
+    if different := differing(stage, teacher):
+        name, own, its = different
+        raise unacceptable(where, name, own, f"its teacher's, {shown(its)}")
 
 
-def differing(stage: Stage, teacher: Stage) -> str | None:
-    """Return a key in which a stage and its teacher must not differ but do: what is seen, or what the answer means."""
-    alike = {
-        "dataset": operator.eq(*(s.folder.class_names if s.folder else s.dataset for s in (stage, teacher))),
-        "side": stage.side == teacher.side,
-        "scale": stage.scale == teacher.scale,
-    }
-    return next((name for name, same in alike.items() if not same), None)
+def differing(stage: Stage, teacher: Stage) -> tuple[str, Any, Any] | None:
+    """Return what a stage and its teacher must not differ in but do: what is seen, or what the answer means."""
+    keys = {"dataset": lambda s: s.folder or s.dataset, "side": lambda s: s.side, "scale": lambda s: s.scale}
+    if stage.folder and teacher.folder:
+        keys["dataset"] = lambda s: s.folder.class_names
+    pairs = ((name, value(stage), value(teacher)) for name, value in keys.items())
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 def unacceptable(where: str, name: str, value: Any, accepted: str) -> Misconfigured:
@@ -592,8 +592,8 @@ class Images(NamedTuple):
         return Images(self.pixels[index::of], self.labels[index::of], self.class_names)
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Return pixels and labels as they are tested at a time: 250 images of 32 x 32, fewer of larger ones."""
-        n = max(1, 250 * SIDE**2 // self.pixels.shape[2:].numel())
+        """Return pixels and labels as they are tested at a time: 250 images, fewer where the first map is larger."""
+        n = min(250, 1000 * SIDE**2 // self.pixels.shape[2:].numel())  # above SIDE the stem has a stride
         return list(zip(self.pixels.split(n), self.labels.split(n)))
 
 
@@ -615,10 +615,9 @@ def load_images(stage: Stage, data: Path, part: Part, watch: Watch = unwatched) 
         return synthetic_images(n, part == "train")
     if stage.folder:
         return folder_images(stage, data / stage.dataset.removeprefix(FOLDER), part, watch)
-    from torchvision import datasets  # 1.5 s, which a synthetic stage need not wait for
-    from torchvision.datasets.utils import check_integrity
+    from torchvision.datasets.utils import check_integrity  # 1.5 s, which a synthetic stage need not wait for
 
-    cifar = getattr(datasets, stage.dataset.upper())
+    cifar, files = cifar_files(stage.dataset, data)
     try:
         try:
             dataset = cifar(data, train=part == "train")
@@ -626,16 +625,23 @@ def load_images(stage: Stage, data: Path, part: Part, watch: Watch = unwatched) 
             download(cifar, data)
             dataset = cifar(data, train=part == "train")
     except (RuntimeError, OSError) as error:
-        folder, meta = data / cifar.base_folder, cifar.meta
-        files = [*cifar.train_list, *cifar.test_list, (meta["filename"], meta["md5"])]
-        bad = [folder / name for name, md5 in files if not check_integrity(folder / name, md5)]
+        bad = [path for path, md5 in files.items() if not check_integrity(path, md5)]
         wrong = ", ".join(f"{path.name} is {'damaged' if path.exists() else 'missing'}" for path in bad)
         raise Refused(
-            f"{folder}: no {cifar.__name__} here that matches its MD5 sums ({wrong}), and the download failed "
+            f"{data / cifar.base_folder}: no {cifar.__name__} here that matches its MD5 sums ({wrong}), and the download failed "
             f"({' '.join(str(error).split())}): put the official files there, or name --data"
         ) from None
     pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.tensor(dataset.targets[:n]), dataset.classes)
+
+
+def cifar_files(name: str, data: Path) -> tuple[type, dict[Path, str]]:
+    """Return torchvision's class of a data set and its files with their MD5 sums."""
+    from torchvision import datasets
+
+    cifar = getattr(datasets, name.upper())
+    files = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    return cifar, {data / cifar.base_folder / file: md5 for file, md5 in files}
 
 
 def download(dataset: type, data: Path) -> None:
@@ -707,6 +713,7 @@ def folder_images(stage: Stage, folder: Path, part: Part, watch: Watch) -> Image
     if found.class_names != stage.folder.class_names:
         wanted, names = (", ".join(each.class_names) for each in (stage.folder, found))
         raise Refused(f"{folder}: its classes are {names}: expected those of the stage, {wanted}; name --data")
+
     if part == "validation" and not found.validation:
         part = "test"
 
@@ -770,7 +777,7 @@ def check_memory(shape: torch.Size, free: int) -> None:
     if shape.numel() > free:
         n, _, *sides = shape
         words = f"{count(n, 'image')} of {' x '.join(map(str, sides))} pixels take {shape.numel() / 2**20:,.0f} MiB"
-        raise Refused(f"{words}, {free / 2**20:,.0f} MiB of memory are free: lower side or train_images")
+        raise Refused(f"{words}, {free / 2**20:,.0f} MiB of memory are free: lower side or take fewer")
 
 
 # Shapes by u and v, the coordinates from a shape's centre in units of its half size, each its own mirror image.
@@ -824,9 +831,12 @@ def random_images(stage: Stage, n: int) -> Images:
 def images_at_hand(about: Metadata, data: Path, watch: Watch) -> tuple[Images, str]:
     """Return the images that a network's epochs were tested on, else others or random ones, and which they are."""
     stage = about.stage
-    names = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
-    if stage.dataset == "synthetic" or (data / names.get(stage.dataset, stage.dataset.removeprefix(FOLDER))).is_dir():
-        images = load_images(stage, data, "validation", watch)
+    if stage.folder:
+        here = (data / stage.dataset.removeprefix(FOLDER)).is_dir()
+    else:
+        here = stage.dataset == "synthetic" or all(path.exists() for path in cifar_files(stage.dataset, data)[1])
+    if here:
+        images = load_images(stage, data, stage.tested_on, watch)
         same = about.images is None or about.images.get(stage.tested_on) == images_digest(images)
         return images, f"{stage.tested_on} images" if same else "other images"
     return random_images(stage, 1000), "random images"
@@ -956,17 +966,12 @@ def per_channel(values: tuple[float, float, float], device: torch.device) -> Ten
 # EfficientNet [4] with a cosine classifier [1, 3], at 32 x 32 with fewer strides.
 
 
-class Multipliers(NamedTuple):
-    width: float  # of channels
-    depth: float  # of repeats
-
-
 FAMILY = "efficientnet_"
-NETWORKS = {
-    "efficientnet_b0": Multipliers(1.0, 1.0),
-    "efficientnet_b3": Multipliers(1.2, 1.4),
-    "efficientnet_ex": Multipliers(0.8, 0.8),
-    "efficientnet_exx": Multipliers(0.8, 0.7),
+NETWORKS = {  # multipliers of channels and of repeats
+    "efficientnet_b0": (1.0, 1.0),
+    "efficientnet_b3": (1.2, 1.4),
+    "efficientnet_ex": (0.8, 0.8),
+    "efficientnet_exx": (0.8, 0.7),
 }
 ALWAYS, NEVER = 0, max(SIDES)
 BLOCKS = [  # expansion, channels, repeats, side of the images above which the first one has a stride of 2, kernel
@@ -1106,8 +1111,8 @@ def build_network(
     side: int = SIDE,
 ) -> EfficientNet:
     """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
-    own = NETWORKS[name]
-    network = EfficientNet(classes, width or own.width, depth or own.depth, stochastic_depth, side)
+    own_width, own_depth = NETWORKS[name]
+    network = EfficientNet(classes, width or own_width, depth or own_depth, stochastic_depth, side)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -1595,19 +1600,15 @@ def parse_header(path: Path, content: bytes, size: int) -> Metadata:
             raise ValueError
     except (struct.error, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError):
         raise Refused(f"{path}: not a checkpoint of micronet, or cut short") from None
-    if (
-        isinstance(about, dict)
-        and about.get("format") == FORMAT
-        and about.get("header") != header_digest(content[:length])
-    ):
-        raise Refused(f"{path}: damaged: its SHA-256 does not match its header")
-    return parse_metadata(path, about)
+    return parse_metadata(path, about, header_digest(content[:length]))
 
 
-def parse_metadata(path: Path, about: Any) -> Metadata:
-    """Return the metadata that `plain` has made this of; raises Refused."""
+def parse_metadata(path: Path, about: Any, signature: str | None = None) -> Metadata:
+    """Return the metadata that `plain` has made this of, with a header of that digest if any; raises Refused."""
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise Refused(f"{path}: expected a checkpoint of format {FORMAT}")
+    if signature and about.get("header") != signature:
+        raise Refused(f"{path}: damaged: its SHA-256 does not match its header")
     try:
         metadata = typed(Metadata, about, "metadata")
         metadata.check()
@@ -1976,9 +1977,9 @@ def find_teacher(stage: Stage, ckpt: Path) -> tuple[Path, Metadata]:
         raise Misconfigured(f"stage {stage.name}: its teacher {path} is exported, with no cosines: name its checkpoint")
     if state and about.stage.name == state.metadata.stage.name and not Kept(about.stage, state.metadata).is_finished:
         raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
-    if name := differing(stage, about.stage):
-        own, found = (shown(getattr(s, name)) for s in (stage, about.stage))
-        raise Refused(f"{path}: {name} = {found}: expected {own}, as stage {stage.name} has it")
+    if different := differing(stage, about.stage):
+        name, own, found = different
+        raise Refused(f"{path}: {name} = {shown(found)}: expected {shown(own)}, as stage {stage.name} has it")
     return path, about
 
 
@@ -2336,35 +2337,39 @@ def open_network(path: Path) -> tuple[Callable[[Tensor], Tensor], Metadata]:
         tensors, about = load_checkpoint(path)
         return network_from(path, tensors, about), about
     check_packages(path, "onnxruntime")
-    computes, explained = open_onnx(path, read_beginning(path, MOST)[0])
+    session = open_onnx(path, read_beginning(path, MOST)[0])
     try:
-        return computes, parse_metadata(path, json.loads(explained, object_pairs_hook=once))
+        explained = session.get_modelmeta().custom_metadata_map.get("micronet", "")
+        about = parse_metadata(path, json.loads(explained, object_pairs_hook=once))
     except ValueError:
         raise Refused(f"{path}: not exported by micronet") from None
+    shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
+    if shapes != [[3, about.stage.side, about.stage.side], [about.stage.classes]]:
+        raise Refused(f"{path}: its metadata are of another network")
+    return functools.partial(run_onnx, session), about
 
 
-def open_onnx(path: Path, content: bytes) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Return what onnxruntime makes of an ONNX file and the metadata in there, or nothing; raises Refused."""
+def open_onnx(path: Path, content: bytes) -> Any:
+    """Return onnxruntime's session of an ONNX file; raises Refused."""
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # of which onnxruntime has many
         raise Refused(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
-    def computes(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
-    return computes, session.get_modelmeta().custom_metadata_map.get("micronet", "")
+def run_onnx(session: Any, images: Tensor) -> Tensor:
+    return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
 def outputs(path: Path, network: Callable[[Tensor], Tensor], images: Images, watch: Watch) -> Tensor:  # (N, K)
     """Return what a network in evaluation mode makes of images; raises Refused where that is not finite."""
     batches = watch(images.batches(), f"testing {path}")
     with torch.no_grad():
-        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels, _ in batches])
+        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels, _ in batches]).float()
     if not found.isfinite().all():
-        raise Refused(f"{path}: its outputs are not finite, at 16 bits or before: expected finite ones")
+        raise Refused(f"{path}: its outputs are not finite: expected finite ones (16 bits hold 65,504 at most)")
     return found
 
 
@@ -2394,7 +2399,7 @@ def export_network(path: Path, network: nn.Module, metadata: Metadata) -> tuple[
     explained = json.dumps(plain(metadata), sort_keys=True)
     if path.suffix == ".onnx":
         content = export_onnx(Shipped(network), example, batch, explained)
-        return content, open_onnx(path, content)[0]
+        return content, functools.partial(run_onnx, open_onnx(path, content))
     program, buffer = torch.export.export(Shipped(network), (example,), dynamic_shapes=(batch,)), io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tensors that are views
         torch.export.save(program, buffer, extra_files={"micronet": explained})
@@ -2769,14 +2774,14 @@ def open_run(
         )
     teacher, taught_by = load_teacher(stage, ckpt, state)
     # one process downloads, see `download`
-    train, test = (load_images(stage, data, part, watch) for part in ("train", "validation"))
+    train, test = (load_images(stage, data, part, watch) for part in ("train", stage.tested_on))
     images = {"train": images_digest(train), stage.tested_on: images_digest(test)}
     if (len(train.labels), len(test.labels)) != (stage.train_size, stage.test_size) or (
         state and state.metadata.images != images
     ):
         raise Refused(
-            f"stage {stage.name}: the images of {stage.dataset} have changed since it began: restore them, or train it "
-            f"anew (chain {stage.name} --restart)"
+            f"stage {stage.name}: the images of {stage.dataset} have changed since it began, or Pillow reads them "
+            f"differently: restore them, or train it anew (chain {stage.name} --restart)"
         )
     run = new_run(stage, accelerator, train, test)
     run.images = images
@@ -2929,7 +2934,7 @@ def run_facts(accelerator: Accelerator) -> Facts:
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{package: version(package) for package in ("torchvision", "accelerate")},
+            **{package: version(package) for package in ("torchvision", "accelerate", "pillow")},
         },
         commit=git_commit(),
     )
@@ -3604,7 +3609,7 @@ def classes_table(result: dict[str, Any]) -> Table:
 
 def predictions_table(results: list[dict[str, Any]]) -> Table:
     """Show the likeliest classes on images."""
-    table = new_table("The likeliest classes, with probabilities in percent", "image, first, second, third", "")
+    table = new_table("The likeliest classes, with probabilities in percent", "image, first, second, third", [])
     for r in results:
         cells = (
             c["class"] if c["probability"] is None else f"{c['class']} {100 * c['probability']:.1f}"

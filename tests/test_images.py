@@ -185,6 +185,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
 
+    (gone := tmp_path / "data" / "pets" / "train" / "fox").symlink_to("nowhere")
+    result = train(tmp_path, "first")
+    assert (result.exit_code, result.output) == (5, f"error: {gone}: No such file or directory\n")
+    gone.unlink()
     monkeypatch.setattr(os, "scandir", scandir)
     result = train(tmp_path, "first")
     assert (result.exit_code, result.output) == (5, f"error: {closed}: Permission denied\n")
@@ -617,6 +621,10 @@ def test_what_predict_refuses(pets: Path, shipped: Path, tmp_path: Path) -> None
     del stranger.metadata_props[:]
     onnx.save(stranger, tmp_path / "stranger.onnx")
     (tmp_path / "no.onnx").write_bytes(b"no model")
+    about = json.loads(onnx.load(shipped / "onnx" / "pets.onnx").metadata_props[0].value)
+    about["stage"]["side"] = about["input"]["side"] = 32
+    stranger.metadata_props.add(key="micronet", value=json.dumps(about))
+    onnx.save(stranger, tmp_path / "smaller.onnx")
     for network, path, code, message in (
         (best, tmp_path / "none.png", 3, "1 of 1 image cannot be read: "),
         (best, tmp_path / "no.onnx", 3, "no image, or of a kind"),
@@ -624,6 +632,7 @@ def test_what_predict_refuses(pets: Path, shipped: Path, tmp_path: Path) -> None
         (tmp_path / "x.onnx", image, 3, "No such file"),
         (tmp_path / "no.onnx", image, 3, f"{tmp_path / 'no.onnx'}: "),
         (tmp_path / "stranger.onnx", image, 3, "not exported by micronet"),
+        (tmp_path / "smaller.onnx", image, 3, "its metadata are of another network"),
     ):
         result = invoke("predict", network, path)
         assert (result.exit_code, result.output.count("\n")) == (code, 1) and message in result.stderr, result.output
@@ -637,6 +646,19 @@ def test_classes_come_worst_first_with_what_they_are_taken_for() -> None:
     assert [(r["class"], r["images"], round(r["top1"], 2), r["taken_for"], r["times"]) for r in results] == [
         ("ape", 4, 25.0, "bee", 2), ("cow", 3, 66.67, "ape", 1), ("bee", 3, 100.0, None, 0),
     ]  # fmt: skip
+
+
+def test_hits_are_counted_exactly_at_any_precision(pets: Path, tmp_path: Path) -> None:
+    """An export's outputs are bfloat16 under autocast, which counts no further than 256."""
+    labels = torch.zeros(1000, dtype=torch.int64)
+    images = micronet.Images(torch.zeros(1000, 3, 1, 1, dtype=torch.uint8), labels, ["a", "b"])
+    cosines = micronet.outputs(
+        tmp_path,
+        lambda x: torch.ones(len(x), 2, dtype=torch.bfloat16) * torch.tensor([1, 0]),
+        images,
+        micronet.unwatched,
+    )
+    assert micronet.tally(cosines, labels, 1.0)[0] == 1000 and cosines.dtype == torch.float32
 
 
 def test_evaluate_shows_classes(pets: Path) -> None:
