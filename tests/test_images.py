@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, drawn, invoke, reset_accelerate
+from conftest import ONE_EPOCH, ROOT, TINY, drawn, invoke, reset_accelerate
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
@@ -134,7 +134,7 @@ def test_png_files_train_the_same_network_to_the_bit(dataset: str, tmp_path: Pat
         images = load_images(stage, tmp_path / "data", part)
         assert torch.equal(images.pixels, found[part].pixels) and torch.equal(images.labels, found.pop(part).labels)
     for kind in (dataset, "folder:png"):
-        (tmp_path / "stages.toml").write_text(TINY.replace('"synthetic"', f'"{kind}"').replace("views =", "#"))
+        (tmp_path / "stages.toml").write_text(ONE_EPOCH.replace('"synthetic"', f'"{kind}"'))
         assert train(tmp_path, "first", "--restart").exit_code == 0
         found[kind] = load_checkpoint(tmp_path / "ckpt" / "first" / "last.safetensors")
     (ours, about), (theirs, other) = found.values()
@@ -417,18 +417,17 @@ def test_an_export_calls_images_what_they_are(pets: Path, tmp_path: Path) -> Non
     """Those of its epochs, or others of the same classes: test images where the validation images are gone, say."""
     shutil.copytree(pets / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "pets" / "val")
-    given = ["export", pets / "ckpt" / "second", tmp_path / "x" / "x.onnx", "--card", "--json"]
+    given = ["export", pets / "ckpt" / "second", tmp_path / "x" / "x.safetensors", "--card", "--json"]
     (result,) = json.loads(invoke(*given, "--data", tmp_path / "data").stdout)
     assert (result["on"], result["images"]) == ("other images", 16)
     card = (tmp_path / "x" / "README.md").read_text()
     assert "of 16 other images |" in card and "was chosen" not in card and "validation" not in card
-    metadata = micronet.open_network(tmp_path / "x" / "x.onnx")[1]
-    assert metadata.exported.top1 is None
+    assert read_metadata(tmp_path / "x" / "x.safetensors").exported.top1 is None
 
 
-def test_an_imported_network_exports(tmp_path: Path) -> None:
-    network, unknown = micronet.build_network("efficientnet_exx"), micronet.Tested(70, None, None)
-    origin, stage = micronet.Origin("ex.pytar", "0" * 64), Stage("imported", network="efficientnet_exx")
+def test_an_imported_network_exports(tmp_path: Path, few: None) -> None:
+    origin, unknown = micronet.Origin("ex.pytar", "0" * 64), micronet.Tested(70, None, None)
+    network = micronet.stage_network(stage := Stage("imported", network="efficientnet_exx", width=0.1, depth=0.1))
     about = micronet.Metadata(stage, (), 70, unknown, unknown, imported=origin)
     micronet.save_checkpoint(tmp_path / "exx.safetensors", network.state_dict(), about)
     out = tmp_path / "out" / "exx.safetensors"
@@ -439,7 +438,7 @@ def test_an_imported_network_exports(tmp_path: Path) -> None:
     assert len(json.loads(invoke("predict", out, tmp_path / "x.png", "--json").stdout)[0]["classes"]) == 3
 
 
-def test_a_checkpoint_needs_no_folder_and_a_changed_one_is_named(pets: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_needs_no_folder_and_a_changed_one_is_named(pets: Path, tmp_path: Path, few: None) -> None:
     path = pets / "ckpt" / "second"
     assert invoke("show", "--ckpt", pets / "ckpt").exit_code == 0 and invoke("score", path).exit_code == 0
     assert micronet.load_network(path)(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
@@ -535,6 +534,13 @@ def test_the_last_map_has_eight_by_eight_values_or_less(side: int) -> None:
 # ------------------------------------------------------------------------------------------------ shipped and looked at
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have exports without images look at 20 random ones."""
+    drawn = micronet.random_images
+    monkeypatch.setattr(micronet, "random_images", lambda stage, n: drawn(stage, 20))
+
+
 @pytest.fixture(scope="module")
 def shipped(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exports of the stage in both formats that `predict` takes, with their cards."""
@@ -605,7 +611,7 @@ def test_predictions_are_the_networks(pets: Path, shipped: Path) -> None:
     assert f"{max(expected[0].tolist()) * 100:.1f}" in table and paths[0].name in table
 
 
-def test_an_export_on_random_images_knows_no_probabilities(pets: Path, tmp_path: Path) -> None:
+def test_an_export_on_random_images_knows_no_probabilities(pets: Path, tmp_path: Path, few: None) -> None:
     invoke("export", pets / "ckpt" / "second", out := tmp_path / "x.safetensors", "--data", tmp_path)
     photo(0, 0, (40, 40)).save(tmp_path / "x.png")
     (result,) = json.loads(invoke("predict", out, tmp_path / "x.png", "--json").stdout)

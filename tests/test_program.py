@@ -463,6 +463,10 @@ def test_a_chain_trains_named_stages_anew(
     lines = [line.split() for line in invoke(*chain.command[2:], "--dry-run").stdout.splitlines()]
     assert ["first", "b0", "-", "nothing", "3/3"] in lines and ["second", "ex", "first", "train", "0/3"] in lines
     before = (tmp_path / "ckpt" / "first" / "last.safetensors").stat()
+    monkeypatch.setattr(micronet, "plan_launch", lambda *_: None)
+    monkeypatch.setattr(
+        micronet, "launch_stage", lambda _, stage, options, *rest: invoke("run-stage", stage.name, *options)
+    )
     code, output = chain.run(capfd)
     assert code == 0 and f"{tmp_path / 'ckpt' / 'second'} is now {tmp_path / 'ckpt' / 'second.old1'}" in output
     assert (tmp_path / "ckpt" / "first" / "last.safetensors").stat() == before
