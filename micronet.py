@@ -628,8 +628,8 @@ def load_images(stage: Stage, data: Path, part: Part, watch: Watch = unwatched) 
         bad = [path for path, md5 in files.items() if not check_integrity(path, md5)]
         wrong = ", ".join(f"{path.name} is {'damaged' if path.exists() else 'missing'}" for path in bad)
         raise Refused(
-            f"{data / cifar.base_folder}: no {cifar.__name__} here that matches its MD5 sums ({wrong}), and the download failed "
-            f"({' '.join(str(error).split())}): put the official files there, or name --data"
+            f"{data / cifar.base_folder}: no {cifar.__name__} here that matches its MD5 sums ({wrong}), and the "
+            f"download failed ({' '.join(str(error).split())}): put the official files there, or name --data"
         ) from None
     pixels = torch.from_numpy(dataset.data[:n]).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.tensor(dataset.targets[:n]), dataset.classes)
@@ -713,7 +713,6 @@ def folder_images(stage: Stage, folder: Path, part: Part, watch: Watch) -> Image
     if found.class_names != stage.folder.class_names:
         wanted, names = (", ".join(each.class_names) for each in (stage.folder, found))
         raise Refused(f"{folder}: its classes are {names}: expected those of the stage, {wanted}; name --data")
-
     if part == "validation" and not found.validation:
         part = "test"
 
