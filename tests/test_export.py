@@ -393,12 +393,12 @@ def test_a_file_that_would_eat_the_machine_is_refused_in_time(
     assert time.monotonic() - begun < 60
 
 
-def test_a_file_that_asks_for_too_much_memory_is_refused(
-    published_exx: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_asks_for_too_much_time_or_memory_is_refused(published_exx: Published, tmp_path: Path) -> None:
     torch.save(published_exx[1], path := tmp_path / "net.pytar")
-    monkeypatch.setattr(micronet, "LOADER", micronet.LOADER.replace("2**33", "2**20"))
-    refused(path, NO_DICT, alone=True)
+    for name, value in (("PATIENCE", 0.01), ("LOADER", micronet.LOADER.replace("2**33", "2**20"))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(micronet, name, value)
+            refused(path, NO_DICT, alone=True)
 
 
 def test_what_torch_save_has_not_written_is_refused(tmp_path: Path) -> None:

@@ -132,10 +132,15 @@ def test_an_unknown_stage_is_named(command: str, write: Callable[..., Path]) -> 
 
 
 def test_a_mistake_does_not_wait_for_torch(write: Callable[..., Path]) -> None:
-    """The program itself checks the stages before it imports torch."""
+    """The program itself checks stages and checkpoints before it imports torch."""
     path = write(GOOD + "epochs = 0")
-    result = program("run-stage", "a", "--stages", path, env=WIDE | {"PYTHONPROFILEIMPORTTIME": "1"})
-    imported = [line.split()[-1] for line in result.stderr.splitlines() if line.startswith("import time")]
-    assert (result.returncode, result.stdout) == (2, "") and "rich" in imported and "torch" not in imported
-    (error,) = (line for line in result.stderr.splitlines() if not line.startswith("import time"))
-    assert error.startswith(f"error: {path}: stage a: epochs = 0")
+    for words, code, message in (
+        (["run-stage", "a", "--stages", path], 2, f"{path}: stage a: epochs = 0"),
+        (["evaluate", "none", "nor this"], 3, "none: No such file"),
+        (["export", "none", "out.onnx"], 3, "none: No such file"),
+    ):
+        result = program(*words, env=WIDE | {"PYTHONPROFILEIMPORTTIME": "1"})
+        imported = [line.split()[-1] for line in result.stderr.splitlines() if line.startswith("import time")]
+        assert (result.returncode, result.stdout) == (code, "") and "rich" in imported and "torch" not in imported
+        (error,) = (line for line in result.stderr.splitlines() if not line.startswith("import time"))
+        assert error.startswith(f"error: {message}")
