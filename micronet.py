@@ -591,10 +591,12 @@ class Images(NamedTuple):
     def part(self, index: int, of: int) -> Images:
         return Images(self.pixels[index::of], self.labels[index::of], self.class_names)
 
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Return pixels and labels as they are tested at a time: 250 images, fewer where the first map is larger."""
-        n = min(250, 1000 * SIDE**2 // self.pixels.shape[2:].numel())  # above SIDE the stem has a stride
-        return list(zip(self.pixels.split(n), self.labels.split(n)))
+
+def tested_at_once(
+    pixels: Tensor,  # (N, 3, H, W)
+) -> int:
+    """Return how many images are tested at a time: 250, fewer where the first map is larger than that of 32 x 32."""
+    return min(250, 1000 * SIDE**2 // pixels.shape[2:].numel())  # above SIDE the stem has a stride
 
 
 Watch = Callable[[Collection[Any], str], Iterable[Any]]  # goes through something and shows how far it has come
@@ -682,10 +684,10 @@ def image_files(folder: Path, part: Part) -> dict[str, list[Path]]:
     return dict(sorted(files.items()))
 
 
-def scan_folder(folder: Path) -> Dataset:
-    """Count the images in `folder`/train/CLASS/** and `folder`/test/CLASS/**, and in val or validation beside them.
+def folder_files(folder: Path) -> dict[Part, dict[str, list[Path]]]:
+    """Return the images in `folder`/train/CLASS/** and `folder`/test/CLASS/**, and in val or validation beside them.
 
-    Every file but litter counts as an image. Raises Misconfigured unless all parts have the same two or more classes.
+    By part and class. Raises Misconfigured unless all parts have the same two or more classes.
     """
     parts = {part: image_files(folder, part) for part in FOLDERS}
     if not parts["validation"]:
@@ -703,27 +705,32 @@ def scan_folder(folder: Path) -> Dataset:
         raise Misconfigured(
             f"{folder}: {count(len(names), 'class')} in train/CLASS/ and test/CLASS/: expected two or more"
         )
+    return parts
+
+
+def scan_folder(folder: Path) -> Dataset:
+    """Count the images of a folder; raises as `folder_files` does."""
+    parts = folder_files(folder)
     sizes = {part: sum(map(len, files.values())) for part, files in parts.items()}
-    return Dataset(classes=len(names), class_names=tuple(names), **sizes)
+    return Dataset(classes=len(parts["train"]), class_names=tuple(parts["train"]), **sizes)
 
 
 def folder_images(stage: Stage, folder: Path, part: Part, watch: Watch) -> Images:
     """Return a part of a folder's images in an order that mixes classes and is the same on every file system."""
-    found = scan_folder(folder)
-    if found.class_names != stage.folder.class_names:
-        wanted, names = (", ".join(each.class_names) for each in (stage.folder, found))
+    parts = folder_files(folder)
+    classes = parts.get(part, parts["test"])
+    if tuple(classes) != stage.folder.class_names:
+        names, wanted = ", ".join(classes), ", ".join(stage.folder.class_names)
         raise Refused(f"{folder}: its classes are {names}: expected those of the stage, {wanted}; name --data")
-    if part == "validation" and not found.validation:
-        part = "test"
 
     def place(file: tuple[Path, int]) -> tuple[int, Path]:
         return stream_seed(unicodedata.normalize("NFC", "/".join(file[0].relative_to(folder).parts[1:]))), file[0]
 
-    classes = enumerate(image_files(folder, part).values())
-    files = sorted(((path, label) for label, paths in classes for path in paths), key=place)
+    labelled = enumerate(classes.values())
+    files = sorted(((path, label) for label, paths in labelled for path in paths), key=place)
     files = files[: stage.train_images if part == "train" else stage.test_images]
     pixels = read_images([path for path, _ in files], stage.side, watch)
-    return Images(pixels, torch.tensor([label for _, label in files]), list(found.class_names))
+    return Images(pixels, torch.tensor([label for _, label in files]), list(classes))
 
 
 def read_images(paths: list[Path], side: int, watch: Watch = unwatched) -> Tensor:  # (N, 3, side, side) uint8, RGB
@@ -2217,11 +2224,10 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     check_export(out)
     path = checkpoint_file(path)
     tensors, about = load_checkpoint(path)
-    labels, readme = out.with_name("labels.txt"), out.with_name("README.md")
-    names = "".join(f"{name}\n" for name in about.class_names)
+    labels = "".join(f"{name}\n" for name in about.class_names)
     if card:
-        check_output(labels, older=rf"\A{re.escape(names)}\Z")
-        check_output(readme)
+        check_output(out.with_name("labels.txt"), older=rf"\A{re.escape(labels)}\Z")
+        check_output(out.with_name("README.md"))
     if about.exported:
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
     network = network_from(path, tensors, about)
@@ -2229,7 +2235,7 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     stage, cost = about.stage, total_cost(layer_costs(folded, "official").values())
     rounded = copy.deepcopy(folded).half().float()
     images, on = images_at_hand(about, data, watch)
-    before, ours, predicted = (outputs(path, n, images, watch) for n in (network, folded, rounded))
+    before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, rounded))
 
     def top1(cosines: Tensor) -> float | None:
         hits = int((cosines.argmax(1) == images.labels).sum())
@@ -2241,7 +2247,7 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
     explained = replace(explained, input=Input(stage.side, "RGB", MEAN, STD))
     content, computes = export_network(out, folded, explained)
-    after = outputs(out, computes, images, watch)
+    after = outputs(out, computes, images.pixels, watch)
     off = ((stage.scale * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
     result = {
         "file": str(out),
@@ -2258,10 +2264,10 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         "score": cost.score if stage.is_scored else None,
     }
     write_output(out, content)
+    if card and labels:
+        write_output(out.with_name("labels.txt"), labels.encode())
     if card:
-        if names:
-            write_output(labels, names.encode())
-        write_output(readme, model_card(out, about, scale, cost, result).encode())
+        write_output(out.with_name("README.md"), model_card(out, about, scale, cost, result).encode())
     return result
 
 
@@ -2316,11 +2322,11 @@ resized with antialiasing; RGB; (value / 255 - mean) / std with mean {list(MEAN)
 def predict_images(path: Path, paths: list[Path], watch: Watch) -> list[dict[str, Any]]:
     """Return the three likeliest classes on images and their probabilities, None where an export has no scale."""
     network, about = open_network(path)
-    images = Images(read_images(paths, about.stage.side, watch), torch.zeros(len(paths)), [])
+    pixels = read_images(paths, about.stage.side, watch)
     scale = about.exported.scale if about.exported else about.stage.scale
     names = about.class_names or [str(k) for k in range(about.stage.classes)]
     results = []
-    for each, found in zip(paths, outputs(path, network, images, unwatched)):
+    for each, found in zip(paths, outputs(path, network, pixels)):
         likeliest = found.topk(min(3, len(names))).indices.tolist()
         probabilities = (found * scale).softmax(0).tolist() if scale else dict.fromkeys(likeliest)
         classes = [{"class": names[k], "probability": probabilities[k]} for k in likeliest]
@@ -2362,11 +2368,16 @@ def run_onnx(session: Any, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def outputs(path: Path, network: Callable[[Tensor], Tensor], images: Images, watch: Watch) -> Tensor:  # (N, K)
+def outputs(
+    path: Path,
+    network: Callable[[Tensor], Tensor],
+    pixels: Tensor,  # (N, 3, H, W) uint8
+    watch: Watch = unwatched,
+) -> Tensor:  # (N, K)
     """Return what a network in evaluation mode makes of images; raises Refused where that is not finite."""
-    batches = watch(images.batches(), f"testing {path}")
+    batches = watch(pixels.split(tested_at_once(pixels)), f"testing {path}")
     with torch.no_grad():
-        found = torch.cat([network(normalize(pixels.float() / 255)) for pixels, _ in batches]).float()
+        found = torch.cat([network(normalize(batch.float() / 255)) for batch in batches]).float()
     if not found.isfinite().all():
         raise Refused(f"{path}: its outputs are not finite: expected finite ones (16 bits hold 65,504 at most)")
     return found
@@ -2660,8 +2671,9 @@ def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,
     """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
     totals = torch.zeros(3, device=images.labels.device)
     network.eval()
+    n = tested_at_once(images.pixels)
     with torch.no_grad():
-        for pixels, labels in images.batches():
+        for pixels, labels in zip(images.pixels.split(n), images.labels.split(n)):
             totals += tally(network(normalize(pixels.float() / 255)), labels, scale)
     return totals
 
@@ -2686,7 +2698,7 @@ def evaluate_checkpoint(path: Path, data: Path, precision: Precision, watch: Wat
     images = load_images(stage, data, "test", watch).to(device)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
-        cosines = outputs(path, network.to(device), images, watch)
+        cosines = outputs(path, network.to(device), images.pixels, watch)
     tested = accuracy(tally(cosines, images.labels, stage.scale), len(images.labels))
     if about.exported:  # its outputs are no cosines, so that a loss of them has no meaning
         tested = tested._replace(loss=None)
@@ -3142,7 +3154,7 @@ class Dashboard(Plain):
         later = left + sum(other.images_left for name, other in self.kept.items() if name != stage.name)
         history = self.kept[stage.name].history
         trained = f"loss {loss:.3f}  train top-1 {percent(100 * hits)}"
-        on = stage.tested_on.removesuffix("idation")
+        on = "val" if stage.tested_on == "validation" else "test"
         tested = f"lr {event.lr:.3g}  {on} top-1 {percent(history[-1].test_top1) if history else '-'}"
         bars = Table.grid(padding=(0, 1))
         for _ in range(2):
@@ -3960,9 +3972,8 @@ def stage_failure(
             log.write_text("".join(trouble), errors="replace")
             reason += f" (all of it in {log})"
     failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
-    if not ours or code not in [
-        kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)
-    ]:  # met again
+    met_again = [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)]
+    if not ours or code not in met_again:
         failure += f"; {resumption(kept.stage, len(kept.history), anew)}"
     return Failure(failure, code)
 

@@ -654,12 +654,8 @@ def test_hits_are_counted_exactly_at_any_precision(pets: Path, tmp_path: Path) -
     """An export's outputs are bfloat16 under autocast, which counts no further than 256."""
     labels = torch.zeros(1000, dtype=torch.int64)
     images = micronet.Images(torch.zeros(1000, 3, 1, 1, dtype=torch.uint8), labels, ["a", "b"])
-    cosines = micronet.outputs(
-        tmp_path,
-        lambda x: torch.ones(len(x), 2, dtype=torch.bfloat16) * torch.tensor([1, 0]),
-        images,
-        micronet.unwatched,
-    )
+    ones = lambda x: torch.ones(len(x), 2, dtype=torch.bfloat16) * torch.tensor([1, 0])  # noqa: E731
+    cosines = micronet.outputs(tmp_path, ones, images.pixels)
     assert micronet.tally(cosines, labels, 1.0)[0] == 1000 and cosines.dtype == torch.float32
 
 
