@@ -77,6 +77,7 @@ import time
 import tomllib
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -89,9 +90,12 @@ from typing import (
 
 import rich.box
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
+from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment, SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -1206,8 +1210,8 @@ BOARD = [  # [9]
     Entry("KAIST", 0.0054, 80.07, "0.46 M MobileNetV3-like network, 60 % pruned, 16-bit, CutMix"),
     Entry("OSI", 0.0058, 80.04, "searched EfficientNet, 64 % pruned, early exit"),
     Entry("MSUNet v3", 0.0108, 80.13, "MixNet-like, ternary"),
-    Entry("the authors' exx [1]", 0.1114, 80.14, "their own count at 32 bits; 0.0668 at 16; not verified"),
-    Entry("the authors' ex [1]", 0.1254, 80.12, "their own count at 32 bits; 0.0748 at 16; not verified"),
+    Entry("authors' exx [1]", 0.1114, 80.14, "their own count at 32 bits; 0.0668 at 16; not verified"),
+    Entry("authors' ex [1]", 0.1254, 80.12, "their own count at 32 bits; 0.0748 at 16; not verified"),
 ]
 
 
@@ -3093,28 +3097,53 @@ class Plain:
                     say(self.console, conclusion(self.stage, event))
 
 
-class Dashboard(Plain):
-    """The chain, the stage at work and its curve on one screen, redrawn at most four times a second.
+# Colours that can be read on a light and on a dark ground; none says what a sign, a word or a shape does not say.
+SIGNS = {  # of a stage's state
+    "done": ("✓", "green4"),
+    "running": ("►", "bold deep_sky_blue3"),
+    "waiting": ("·", "dim"),
+    "failed": ("✗", "bold red3"),
+    "stopped": ("■", "dark_orange3"),
+}
+TESTED, TRAINED, TAUGHT = "bold deep_sky_blue3", "dim", "magenta3"  # of what a curve shows
 
-    At the end it stays there, or makes room for the next stage's.
-    """
+
+class Sheet(Live):
+    """A part of the screen that is drawn anew on demand, four times a second at most and in 0.5 % of the time."""
+
+    def __init__(self, console: Console, picture: Callable[[], RenderableType]) -> None:
+        options = {"auto_refresh": False, "redirect_stderr": False, "vertical_overflow": "crop"}
+        super().__init__(console=console, get_renderable=picture, **options)
+        self.due, self.size = 0.0, console.size
+
+    def redraw(self) -> None:
+        start = time.thread_time()
+        if self.size != self.console.size:  # the terminal has broken the lines of the old picture
+            self.console.clear()
+            self.size = self.console.size
+        self.refresh()
+        self.due = time.monotonic() + max(0.25, 200 * (time.thread_time() - start))
+
+
+class Dashboard(Plain):
+    """The chain, the stage at work and its curve in one frame, which at the end stays, or makes room for the next."""
 
     def __init__(self, console: Console, kept: Collection[Kept], stays: bool = True) -> None:
         super().__init__(console)
         self.kept, self.stays = {each.stage.name: each for each in kept}, stays
-        self.bars: list[RenderableType] = []
+        self.bars: RenderableType | None = None
+        self.left: float | None = None  # seconds until all stages are done, at the pace of this one
 
     def __enter__(self) -> Dashboard:
-        options = {"auto_refresh": False, "redirect_stderr": False, "vertical_overflow": "crop"}
-        self.live = Live(console=self.console, get_renderable=self.picture, **options)
+        self.live = Sheet(self.console, self.picture)
         self.live.start()
-        self.drawn = -1.0
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if self.bars:
             ended = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
             self.set(state=ended)
+            self.left = None
             self.live.refresh()
         self.live.stop()
 
@@ -3124,61 +3153,95 @@ class Dashboard(Plain):
         self.kept[name] = replace(self.kept.get(name, Kept(self.stage)), **changes)
 
     def __call__(self, event: Event) -> None:
+        now = time.monotonic()
         match event:
             case Started():
-                super().__call__(event)
-                self.begun, self.first = time.monotonic(), len(event.history) * event.stage.steps_per_epoch
-                self.teacher = event.teacher
+                self.stage, self.teacher, self.said = event.stage, event.teacher, [*event.notes, in_brief(event)]
+                for note in event.notes:  # which the next stage's screen does not show
+                    say(self.console, note)
+                self.begun = self.stepped = now
+                self.between = 0.0  # seconds of testing and saving
+                self.steps = len(event.history) * event.stage.steps_per_epoch  # that earlier runs have made
+                self.rates, self.timed = deque(maxlen=26), (now, 0)  # images/s, and the end of the last one's time
+                self.training, self.counted = trail(event.history), (0, 0, 0.0)  # epoch, images, hits
                 self.set(state="running", **({} if event.history else {"metadata": None}))  # --restart begins anew
-                self.bars = [Text(" the first step is under way")]
-                self.live.refresh()
-            case Stepped() if time.monotonic() - self.drawn >= 0.25:
-                self.bars = self.progress(event)
-                self.live.refresh()
-                self.drawn = time.monotonic()
+                self.bars = Text("the first step is under way")
+                self.live.redraw()
+            case Stepped():
+                self.stepped = now
+                if now >= self.live.due:
+                    self.bars = self.progress(event, now)
+                    self.live.redraw()
             case EpochDone():
+                self.between, self.stepped = self.between + now - self.stepped, now
                 history, best, last = (*self.kept[self.stage.name].history, event.record), event.best, event.record
                 about = Metadata(self.stage, (), last.epoch, tested_at(best), tested_at(last), history)
                 self.set(metadata=about)
+                if not self.training or self.training[-1][0] < last.epoch - 1:  # faster than the screen
+                    self.training += trail([last])
                 if last.epoch == self.stage.epochs:
                     self.live.transient = not self.stays
                     say(self.console, conclusion(self.stage, event))
 
-    def progress(self, event: Stepped) -> list[RenderableType]:
-        """Return bars for step and epoch, and a line on speed and memory."""
-        loss, hits = (event.totals / event.images).tolist()  # sync, four times a second at most
+    def progress(self, event: Stepped, now: float) -> Table:
+        """Return bars for step and epoch, and how busy the hardware is."""
+        loss, hits = event.totals.tolist()  # sync, four times a second at most
+        self.note_training(event, hits)
         stage, steps = self.stage, self.stage.steps_per_epoch
         done = (event.epoch - 1) * steps + event.step
-        rate = (done - self.first) / (time.monotonic() - self.begun) * stage.batch_size  # evaluations included
+        images = (done - self.steps) * stage.batch_size
+        rate = images / (now - self.begun)  # evaluations included
+        since, before = self.timed
+        if now - since >= 5:
+            self.rates.append((images - before) / (now - since))
+            self.timed = now, images
         left = (stage.epochs * steps - done) * stage.batch_size
-        later = left + sum(other.images_left for name, other in self.kept.items() if name != stage.name)
-        history = self.kept[stage.name].history
-        trained = f"loss {loss:.3f}  train top-1 {percent(100 * hits)}"
-        on = "val" if stage.tested_on == "validation" else "test"
-        tested = f"lr {event.lr:.3g}  {on} top-1 {percent(history[-1].test_top1) if history else '-'}"
+        later = sum(other.images_left for name, other in self.kept.items() if name != stage.name)
+        self.left = (left + later) / rate
+        width = max(6, min(26, self.console.width - 52))
         bars = Table.grid(padding=(0, 1))
-        for _ in range(2):
+        for _ in range(4):
             bars.add_column(no_wrap=True)
-        step, epoch = (ProgressBar(of, n, width=26) for n, of in ((event.step, steps), (event.epoch - 1, stage.epochs)))
-        bars.add_row(" step", step, f"{event.step:,}/{steps:,}", trained)
-        bars.add_row(" epoch", epoch, f"{event.epoch:,}/{stage.epochs:,}", tested)
-        speed = f" {rate:,.0f} images/s, {peak_memory_mb(event.totals.device):,.0f} MiB, {duration(left / rate)} left"
-        if later > left:
-            speed += f"; all stages {duration(later / rate)} at this pace"
-        return [bars, Text(speed)]
+        step, epoch = (
+            ProgressBar(of, n, width=width) for n, of in ((event.step, steps), (event.epoch - 1, stage.epochs))
+        )
+        trained = f"loss {loss / event.images:.3f}, top-1 {percent(100 * hits / event.images)}"
+        bars.add_row("step", step, f"{event.step:,}/{steps:,}", trained)
+        bars.add_row(
+            "epoch", epoch, f"{event.epoch:,}/{stage.epochs:,}", f"lr {event.lr:.3g}, {duration(left / rate)} left"
+        )
+        share, memory = 100 * self.between / (now - self.begun), peak_memory_mb(event.totals.device)
+        rates = Text(spark(list(self.rates)[-width:]), "deep_sky_blue3")
+        speed = f"{self.rates[-1] if self.rates else rate:,.0f} images/s"
+        bars.add_row("speed", rates, speed, f"{share:.0f} % tests, saves; {memory:,.0f} MiB")
+        return bars
+
+    def note_training(self, event: Stepped, hits: float) -> None:
+        """Add to the training curve what has been trained since its last point, twenty times an epoch."""
+        epoch, images, before = self.counted if self.counted[0] == event.epoch else (event.epoch, 0, 0.0)
+        spacing = max(1 / 20, self.stage.epochs / 2000)  # epochs
+        whole = self.stage.steps_per_epoch * event.images / event.step  # images of this process
+        if event.images - images >= spacing * whole:
+            middle = (event.images + images) / 2 / whole
+            self.training.append((event.epoch - 1 + middle, 100 * (hits - before) / (event.images - images)))
+            self.counted = event.epoch, event.images, hits
 
     def picture(self) -> RenderableType:
         """Return what stands on the screen, no taller than that."""
-        if not self.bars:
+        if self.bars is None:
             return Text("")
-        kept = list(self.kept.values())
-        room = self.console.height - 8  # four lines of the table are no rows, three are bars and speed, one stays free
-        most = max(1, min(len(kept), room - 6))
+        kept, width = list(self.kept.values()), self.console.width - 4
+        room = self.console.height - 6  # two lines are the frame's, three the bars', one stays free
+        most = max(1, min(len(kept), room - 10))  # two are the table's headings, eight a curve's
         here = list(self.kept).index(self.stage.name)
         first = min(max(0, here - most // 2), len(kept) - most)
-        table, tall = stages_table(kept, PROGRESS, rows=slice(first, first + most)), min(room - most, 16)
-        ascii_only = self.console.options.ascii_only
-        return Group(table, *self.bars, *stage_curve(kept[here], self.teacher, self.console.width, tall, ascii_only))
+        head = [
+            kept_table(kept, width, slice(first, first + most)),
+            *(Text(printable(line), TRAINED) for line in self.said),
+        ]
+        lines = laid_out(head, width)[: max(2 + most, room - 8)]
+        plot = curve(self.stage, kept[here].history, self.training, self.teacher, width, min(room - len(lines), 20))
+        return framed([SegmentLines(lines, new_lines=True), self.bars, *plot], kept, self.left)
 
 
 def choose_view(console: Console, kept: Collection[Kept], stays: bool = True) -> Plain:
@@ -3187,56 +3250,126 @@ def choose_view(console: Console, kept: Collection[Kept], stays: bool = True) ->
     return Dashboard(console, kept, stays) if watched else Plain(console)
 
 
-def stage_curve(kept: Kept, teacher: Teacher | None, width: int, tall: int, ascii_only: bool) -> list[Text]:
-    """Draw the curve of a stage beside its teacher's accuracy, or nothing in less than six lines."""
-    if tall < 6:
-        return []
-    lr, epochs, top1 = kept.stage.lr, kept.stage.epochs, teacher and teacher.tested.top1
-    drops = [] if isinstance(lr, Schedule) else [last + 1 for last, _ in lr if last < epochs]
-    lines = curve(kept.history, epochs, top1, drops, min(width, 120), tall, ascii_only)
-    return [Text(line, no_wrap=True) for line in lines]
+def framed(parts: list[RenderableType], kept: list[Kept], left: float | None) -> Panel:
+    """Put a frame around a picture of stages that says how many are done, and how many seconds are left."""
+    title = f"micronet: {sum(each.state == 'done' for each in kept)} of {count(len(kept), 'stage')} done"
+    title += f", {duration(left)} left" if left else ""
+    return Panel(Group(*parts), title=Text(title, "not dim bold"), title_align="left", border_style="dim")
+
+
+def spark(values: list[float]) -> str:
+    """Draw each value as a bar from 0 to the largest."""
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * value / max(values) + 0.5)] for value in values)
+
+
+def trail(history: Collection[Record]) -> list[tuple[float, float]]:
+    """Return the training curve as far as it is kept: the middle of an epoch, and top-1 in percent."""
+    return [(record.epoch - 0.5, record.train_top1) for record in history]
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Return three to `most` + 1 evenly spaced round numbers, the first at `low` or below, the last at `high` or above."""
+    steps = (digit * 10.0**power for power in range(-1, 6) for digit in (1, 2, 5))
+    step = next(s for s in steps if math.ceil(high / s) - math.floor(low / s) <= most)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    while last - first < 2:
+        first, last = (first - 1, last) if last * step >= 100 else (first, last + 1)
+    return [n * step for n in range(first, last + 1)]
+
+
+class Canvas:
+    """Lines of braille characters, two by four dots each; a character has the style of its last dot."""
+
+    DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of U+2800, by column and row
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.cells = [[(0, TRAINED)] * columns for _ in range(rows)]
+
+    def dot(self, x: int, y: int, style: str) -> None:
+        bits, _ = self.cells[y // 4][x // 2]
+        self.cells[y // 4][x // 2] = bits | self.DOTS[x % 2][y % 4], style
+
+    def join(self, places: list[tuple[int, int]], style: str, apart: int = 1) -> None:
+        """Draw lines from each place to the next, with dots in every column or in those that lie `apart`."""
+        for (x0, y0), (x1, y1) in itertools.pairwise(places[:1] + places):
+            n = max(abs(x1 - x0), abs(y1 - y0), 1)
+            for i in range(n + 1):
+                self.dot(round(x0 + (x1 - x0) * i / n) // apart * apart, round(y0 + (y1 - y0) * i / n), style)
+
+    def line(self, y: int, head: str) -> Text:
+        """Return a line with what stands before it."""
+        runs = itertools.groupby(self.cells[y], key=operator.itemgetter(1))
+        drawn = (("".join(chr(0x2800 + bits) for bits, _ in run), style) for style, run in runs)
+        return Text.assemble((head, TRAINED), *drawn, no_wrap=True)
 
 
 def curve(
+    stage: Stage,
     history: Collection[Record],
-    epochs: int,
-    teacher: float | None,  # top-1 in percent
-    drops: Collection[int],  # epochs before which the rate drops
+    training: list[tuple[float, float]],  # epochs since the start, top-1 in percent
+    teacher: Teacher | None,
     width: int,
     height: int,
-    ascii_only: bool = False,
-) -> list[str]:
-    """Draw tested top-1 in percent over the epochs as lines of at most `width` characters, `height` of them."""
-    mark, dash, drop, corner, flat, wall = "*-:+-|" if ascii_only else "●╌┊└─│"
-    values = [record.test_top1 for record in history] + ([] if teacher is None else [teacher])
-    low = math.floor(min(values, default=0) / 10) * 10
-    high = max(low + 10, math.ceil(max(values, default=100) / 10) * 10)
-    rows, columns = height - 2, max(1, width - 8)
-    cells = [[" "] * columns for _ in range(rows)]
+) -> list[Text]:
+    """Draw tested top-1 by epoch, and training's dotted, as `height` lines of `width` characters, or none below six.
 
-    def column(epoch: float) -> int:
-        return round((epoch - 1) / max(1, epochs - 1) * (columns - 1))
+    Both axes reach as far as there is something to see.
+    """
+    if height < 6:
+        return []
+    tested = [(record.epoch, record.test_top1) for record in history]
+    level = teacher.tested.top1 if teacher else None
+    rows, columns = height - 3, max(2, width - 8)
+    values = [top1 for _, top1 in (*tested, *training)] + ([] if level is None else [level])
+    marks = ticks(min(values, default=0), max(values, default=100), max(2, rows // 3))
+    end = 1
+    while end < max((epoch for epoch, _ in (*tested, *training)), default=0):
+        end = math.ceil(1.5 * end)
+    end = min(end, stage.epochs)
 
-    def row(top1: float) -> int:
-        return round((high - top1) / (high - low) * (rows - 1))
+    def across(epoch: float) -> int:
+        return round(epoch / end * (2 * columns - 1))
 
-    for epoch in drops:
-        for line in cells:
-            line[column(epoch - 0.5)] = drop
-    if teacher is not None:
-        cells[row(teacher)] = [dash] * columns
-    for record in history:
-        cells[row(record.test_top1)][column(record.epoch)] = mark
-    if teacher is not None:
-        label = list(f"{dash} teacher {teacher:.2f} ")[:columns]
-        cells[row(teacher)][: len(label)] = label
-    labels = {0: f"{high:g}", rows - 1: f"{low:g}"}
-    lines = [f"{labels.get(i, ''):>5} {wall}{''.join(line)}".rstrip() for i, line in enumerate(cells)]
-    below = "1" + f"{epochs}".rjust(columns - 1) if epochs > 1 else "1"
-    middle = "top-1 in percent, by epoch" + (f"; {drop} the rate drops" if drops else "")
-    if len(middle) + len(f"{epochs}") + 4 <= columns:
-        below = "1" + middle.center(columns - 1 - len(f"{epochs}")) + f"{epochs}"
-    return [*lines, f"{'':5} {corner}{flat * columns}", f"{'':7}{below}"]
+    def down(top1: float) -> int:
+        return round((marks[-1] - top1) / (marks[-1] - marks[0]) * (4 * rows - 1))
+
+    canvas = Canvas(columns, rows)
+    drops = [] if isinstance(stage.lr, Schedule) else [last for last, _ in stage.lr if last < end]
+    for epoch, y in itertools.product(drops, range(0, 4 * rows, 2)):
+        canvas.dot(across(epoch), y, TRAINED)
+    for x in range(0, 2 * columns, 4) if level is not None else ():
+        canvas.join([(x, down(level)), (x + 1, down(level))], TAUGHT)
+    columnwise = itertools.groupby(training, key=lambda point: across(point[0]) // 2)
+    means = [(2 * x, down(statistics.fmean(top1 for _, top1 in points))) for x, points in columnwise]
+    canvas.join(means, TRAINED, apart=2)
+    places = [(across(epoch), down(top1)) for epoch, top1 in tested]
+    canvas.join(places, TESTED)
+    for (x, y), i, j in itertools.product(places if columns >= 4 * end else (), (0, 1), (0, 1)):
+        canvas.dot(x ^ i, y ^ j, TESTED)  # where there is room, an epoch is a point of four dots
+
+    labels = {down(mark) // 4: f"{mark:g}" for mark in marks}
+    lines = [canvas.line(y, f"{labels.get(y, ''):>5} {'┤' if y in labels else '│'}") for y in range(rows)]
+    axis, below = ["─"] * columns, list("epoch".ljust(columns + 8))
+    for mark in (mark for mark in ticks(0, end, max(3, columns // 12)) if mark <= end):
+        label, x = f"{mark:g}", across(mark) // 2
+        place = min(7 + x - len(label) // 2, len(below) - len(label))
+        axis[x], below[place : place + len(label)] = "┴", label
+    lines += [Text(f"{'':6}└{''.join(axis)}", TRAINED), Text("".join(below), TRAINED)]
+    return [*lines, legend(stage.tested_on, level, bool(drops), width)]
+
+
+def legend(on: Part, level: float | None, drops: bool, width: int) -> Text:
+    """Say what a curve's lines are, as far as there is room."""
+    line = Text(" " * 7, no_wrap=True)
+    for sample, style, words, is_there in (
+        ("⠒⠒", TESTED, f" {on} top-1, %", True),
+        ("⠂⠂", TRAINED, " training", True),
+        ("⠒ ⠒", TAUGHT, f" teacher {level or 0:.2f}", level is not None),
+        ("⠅", TRAINED, " the rate drops", drops),
+    ):
+        if is_there and len(line) + len(sample + words) <= width:
+            line.append(sample, style).append(words + "  ")
+    return line
 
 
 def as_svg(picture: RenderableType, title: str) -> str:
@@ -3246,24 +3379,41 @@ def as_svg(picture: RenderableType, title: str) -> str:
     return paper.export_svg(title=title)
 
 
-def stages_picture(
-    kept: list[Kept], troubles: list[str], width: int, tall: int, ascii_only: bool, room: int | None = None
-) -> RenderableType:
-    """Draw the table of what is kept, with troubles, a line each, below it, and a curve for each stage.
+def stages_picture(kept: list[Kept], troubles: list[str], width: int, room: int | None = None) -> RenderableType:
+    """Draw a curve for each stage that is kept and, last, where it is seen, their table with troubles, a line each.
 
-    In `room` lines, if that is given, the youngest curve alone.
+    In `room` lines, if that is given, in a frame, with the youngest curve alone, below the table.
     """
-    nothing = Text("no stage has finished an epoch here, or none can be read")
-    parts: list[RenderableType] = [stages_table(kept, PROGRESS) if kept else nothing]
-    parts += [Text(printable(f" {line}"), no_wrap=room is not None, overflow="ellipsis") for line in troubles]
-    heads, drawn = len(parts), kept
-    if room is not None:
-        drawn = ([each for each in kept if each.state == "running"] or kept)[-1:]
-        tall = min(tall, room - len(kept) - len(parts) - 6)
-    for each in drawn if tall >= 6 else []:
-        parts += [Text(""), Text(f" {each.stage.name}: {pace(each.stage, each.history)}", no_wrap=True)]
-        parts += stage_curve(each, each.metadata.teacher, width, tall, ascii_only)
-    return Group(*parts[heads:], *parts[:heads]) if room is None else Group(*parts)  # the table last, where it is seen
+    said = [Text(printable(line)) for line in troubles]
+    if room is None:
+        plots = [line for each in kept for line in (*stage_picture(each, width, 12), Text(""))]
+        return Group(*plots, kept_table(kept, width), *said)
+    lines = laid_out([kept_table(kept, width - 4), *said], width - 4)[: room - 3]
+    youngest = ([each for each in kept if each.state == "running"] or kept)[-1:]
+    plots = [line for each in youngest for line in stage_picture(each, width - 4, min(20, room - len(lines) - 4))]
+    left = sum(seconds_left(each.stage, each.history) for each in kept)
+    return framed([SegmentLines(lines, new_lines=True), *plots], kept, left)
+
+
+def laid_out(parts: list[RenderableType], width: int) -> list[list[Segment]]:
+    """Return the lines that parts of a picture take in so many characters."""
+    return Screen(file=io.StringIO(), width=width).render_lines(Group(*parts), pad=False)
+
+
+def kept_table(kept: list[Kept], width: int, rows: slice = slice(None)) -> RenderableType:
+    """Show how far stages have come in so many characters."""
+    if not kept:
+        return Text("no stage has finished an epoch here, or none can be read")
+    table = stages_table(kept, PROGRESS if width >= 72 else NARROW, rows=rows)
+    table.show_edge = False
+    return table
+
+
+def stage_picture(kept: Kept, width: int, tall: int) -> list[RenderableType]:
+    """Draw the curve of a stage that is kept, below its pace, in so many lines and one; nothing where that are few."""
+    head = Text(f"{kept.stage.name}: {pace(kept.stage, kept.history)}", no_wrap=True)
+    plot = curve(kept.stage, kept.history, trail(kept.history), kept.metadata.teacher, width, tall)
+    return [head, *plot] if plot else []
 
 
 def failure_lines(ckpt: Path, kept: list[Kept], damaged: list[str]) -> list[str]:
@@ -3283,12 +3433,13 @@ def follow_stages(ckpt: Path, console: Console) -> None:
     def picture() -> RenderableType:
         kept, damaged = kept_stages(ckpt)
         troubles = damaged + failure_lines(ckpt, kept, damaged)
-        return stages_picture(kept, troubles, console.width, 16, console.options.ascii_only, console.height)
+        return stages_picture(kept, troubles, console.width, console.height)
 
-    with StopRequest() as stop, Live(console=console, get_renderable=picture, auto_refresh=False) as live:
+    with StopRequest() as stop, Sheet(console, picture) as sheet:
         while not stop.made():
-            live.refresh()
-            time.sleep(0.25)
+            if time.monotonic() >= sheet.due:
+                sheet.redraw()
+            time.sleep(0.05)
 
 
 def check_said(lost: bool) -> None:
@@ -3300,11 +3451,28 @@ def check_said(lost: bool) -> None:
 
 
 class Screen(Console):
-    """A console that takes text as it is."""
+    """A console that takes text as it is, and draws with ASCII where the terminal has no more."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        segments = super().render(renderable, options)
+        if not (options or self.options).ascii_only:
+            return segments
+        return (segment._replace(text=segment.text.translate(ASCII)) for segment in segments)
 
     def render_str(self, text: str, **options: Any) -> Text:
         # names and paths may hold what looks like markup, and characters that a terminal would obey
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+
+
+def in_ascii(bits: int) -> str:
+    """Return what stands for a braille character, for a level pair of dots or those on the left alone."""
+    return "-" if bits in (0x09, 0x12, 0x24, 0xC0) else "*" if bits & 0xB8 else "." if bits else " "
+
+
+ASCII = str.maketrans(
+    dict(zip("✓►·✗■┤│└─┴…▁▂▃▄▅▆▇█", "+>.x!+|+-+~_..--==#"))
+    | {chr(0x2800 + bits): in_ascii(bits) for bits in range(256)}
+)
 
 
 class Outlet(io.FileIO):
@@ -3369,9 +3537,8 @@ def introduction(event: Started) -> list[str]:
         taught = f"{teacher.name}, {top1} top-1, epoch {epoch} of stage {teacher.stage}"
     launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
     compiled = f"compiled by {facts.compile}" if facts.compile else "not compiled"
-    cost = f"score {event.cost.score:.6f}" if stage.is_scored else f"{event.cost.flops / 1e6:,.1f} M MACs"
     lines = [
-        f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, {cost}, "
+        f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, {worth(event)}, "
         f"{count(stage.epochs, 'epoch')} of {count(stage.steps_per_epoch, 'step')} of {stage.batch_size} images, "
         f"seed {stage.seed}",
         f"teacher: {taught}",
@@ -3380,6 +3547,17 @@ def introduction(event: Started) -> list[str]:
     lines[1:1] = [f"images: {stage.folder}"] if stage.folder else []
     done = len(event.history)
     return lines + event.notes + [f"goes on after epoch {done} of {stage.epochs}"] * (done > 0)
+
+
+def in_brief(event: Started) -> str:
+    """Say in a line what a stage trains and what it runs on, but for what its table, bars and curve say."""
+    facts = event.facts
+    ran = f"{facts.device}, {count(facts.processes, 'process')}, {facts.precision}, {facts.compile or 'not compiled'}"
+    return f"{event.cost.params:,} parameters, {worth(event)}; {ran}"
+
+
+def worth(event: Started) -> str:
+    return f"score {event.cost.score:.6f}" if event.stage.is_scored else f"{event.cost.flops / 1e6:,.1f} M MACs"
 
 
 def epoch_line(stage: Stage, event: EpochDone) -> str:
@@ -3403,10 +3581,17 @@ def conclusion(stage: Stage, event: EpochDone) -> str:
 
 def pace(stage: Stage, history: Collection[Record]) -> str:
     """Say how fast a stage has come to where its history ends, and when it will be done."""
-    seconds = statistics.median(record.seconds for record in history[-5:])
-    left = (stage.epochs - len(history)) * seconds
-    line = f"{history[-1].images_per_second:,.0f} images/s, {duration(seconds)} an epoch"
+    left = seconds_left(stage, history)
+    line = f"{history[-1].images_per_second:,.0f} images/s, {duration(epoch_seconds(history))} an epoch"
     return f"{line}, {duration(left)} left" if left > 0 else line
+
+
+def epoch_seconds(history: Collection[Record]) -> float:
+    return statistics.median(record.seconds for record in history[-5:])
+
+
+def seconds_left(stage: Stage, history: Collection[Record]) -> float:
+    return (stage.epochs - len(history)) * epoch_seconds(history)
 
 
 def percent(accuracy: float | None) -> str:
@@ -3433,13 +3618,29 @@ def duration(seconds: float) -> str:
 # Pure functions from numbers to tables.
 
 
+class Pages(Table):
+    """A table that goes on in another one, with the same names, where there is no room for all columns of numbers."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        names = list(itertools.takewhile(lambda column: column.justify == "left", self.columns))
+        rest, page = self.columns[len(names) :], copy.copy(self)
+        for n in range(len(rest), -1, -1):
+            page.columns = names + rest[:n]
+            if n < 2 or Measurement.get(console, options.update_width(10**4), page).minimum <= options.max_width:
+                break
+        yield from Table.__rich_console__(page, console, options)
+        if rest[n:]:
+            page.title, page.columns = None, names + rest[n:]
+            yield page
+
+
 def new_table(title: str, names: str, numbers: str | list[str]) -> Table:
     """Return an empty table with columns of names, left, and of numbers, right; headings in a string end at commas."""
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Pages(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in names.split(", "):
         table.add_column(heading, overflow="fold")
     for heading in numbers.split(", ") if isinstance(numbers, str) else numbers:
-        table.add_column(heading, justify="right", overflow="fold")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -3448,16 +3649,19 @@ def best_figure(kept: Kept, name: str) -> str:
     return f"{getattr(kept.metadata.best, name):.2f}" if kept.metadata else "-"
 
 
-CELLS: dict[str, Callable[[Kept, dict[str, Kept]], str]] = {  # by heading, from a stage and all that stand beside it
+CELLS: dict[
+    str, Callable[[Kept, dict[str, Kept]], str | Text]
+] = {  # by heading, from a stage and all that stand beside it
     "stage": lambda kept, _: kept.stage.name,
     "network": lambda kept, _: short(kept.stage.network),
     "teacher": lambda kept, _: kept.stage.teacher or "-",
     "taught by": lambda kept, others: taught_by(kept.stage, others),
-    "state": lambda kept, _: kept.state,
+    "state": lambda kept, _: Text(f"{SIGNS[kept.state][0]} {kept.state}", SIGNS[kept.state][1]),
     "to do": lambda kept, _: "nothing" if kept.is_finished else "go on" if kept.history else "train",
     "epoch": lambda kept, _: f"{len(kept.history)}/{kept.stage.epochs}",
-    "best": lambda kept, _: best_figure(kept, "top1"),
-    "last": lambda kept, _: f"{kept.history[-1].test_top1:.2f}" if kept.history else "-",
+    "best": lambda kept, _: Text(best_figure(kept, "top1"), "bold"),
+    "gain": lambda kept, _: gain(kept),
+    "last": lambda kept, _: Text(f"{kept.history[-1].test_top1:.2f}" if kept.history else "-", "not bold dim"),
     "top-5\nbest": lambda kept, _: best_figure(kept, "top5"),
     "params\n(M)": lambda kept, _: f"{kept.metadata.cost.params / 1e6:.3f}",
     "ops\n(M)": lambda kept, _: f"{kept.metadata.cost.ops / 1e6:,.0f}",
@@ -3465,9 +3669,13 @@ CELLS: dict[str, Callable[[Kept, dict[str, Kept]], str]] = {  # by heading, from
     "time": lambda kept, _: duration(kept.seconds) if kept.history else "-",
 }
 PROGRESS = ("stage, network, taught by, state", "epoch, best, last, time")
+NARROW = ("stage, taught by, state", "epoch, best, last")  # where there are less than 72 columns
 PLAN = ("stage, network, teacher, to do", "epoch")
 # of stages that are finished
-RESULTS = ("stage, network, teacher", "top-1\nbest, top-1\nlast, top-5\nbest, params\n(M), ops\n(M), score, time")
+RESULTS = (
+    "stage, network, teacher",
+    "top-1\nbest, top-1\ngain, top-1\nlast, top-5\nbest, params\n(M), ops\n(M), score, time",
+)
 
 
 def stages_table(kept: list[Kept], columns: tuple[str, str], title: str = "", rows: slice = slice(None)) -> Table:
@@ -3492,6 +3700,15 @@ def outcome_table(kept: list[Kept]) -> Table:
     return stages_table(
         kept, (names, numbers), f"{on.capitalize()} accuracy in percent, by which the best epoch is chosen"
     )
+
+
+def gain(kept: Kept) -> Text:
+    """Write by how much a stage's best epoch is better than its teacher."""
+    teacher = kept.metadata.teacher if kept.metadata else None
+    if teacher is None or teacher.tested.top1 is None:
+        return Text("-")
+    better = kept.metadata.best.top1 - teacher.tested.top1
+    return Text(f"{better:+.2f}", SIGNS["done" if better > 0 else "stopped"][1])
 
 
 def taught_by(stage: Stage, others: dict[str, Kept]) -> str:
@@ -3535,23 +3752,25 @@ def layers_table(score: dict[str, Any]) -> Table:
     """Show what every layer of a network costs, and its share of the score, or of the operations without one."""
     title = f"Layers of {score['name']} by {RULES_SHOWN[score['rules']]}"
     whole, form = ("ops", ",.0f") if score["score"] is None else ("score", ".6f")
-    headings = f"parameters, MACs, multiplications, additions, {whole.replace('ops', 'operations')}, share"
-    table = new_table(title, "layer, kind", headings)
+    headings = f"share, , {whole.replace('ops', 'operations')}, parameters, MACs, multiplications, additions"
+    table, most = new_table(title, "layer, kind", headings), max(layer[whole] for layer in score["layers"])
     for layer in score["layers"]:
         figures = (f"{layer[name]:,}" for name in ("params", "flops", "mults", "adds"))
         share = f"{100 * layer[whole] / score[whole]:.1f} %"
-        table.add_row(layer["layer"], layer["kind"], *figures, format(layer[whole], form), share)
+        bar = ProgressBar(most, layer[whole], width=10)
+        table.add_row(layer["layer"], layer["kind"], share, bar, format(layer[whole], form), *figures)
     return table
 
 
 def board_table(scores: list[dict[str, Any]]) -> Table:
     """Set official 16-bit scores among the entries of the challenge."""
-    table = new_table("The MicroNet Challenge, CIFAR-100: lower is better, from 80 % top-1", "entry", "score, top-1")
+    table = new_table("The MicroNet Challenge, 80 % top-1 or more: lower is better", "entry", "score, top-1")
     table.add_column("how", overflow="fold")
     ours = [Entry(s["name"], s["score"], s["top1"], "counted here") for s in scores if s["rules"] == "official"]
     for entry in sorted([*BOARD, *ours], key=lambda entry: entry.score):
         top1 = "-" if entry.top1 is None else f"{entry.top1:.2f}"
-        table.add_row(entry.name, f"{entry.score:.4f}", top1, entry.how, style="bold" if entry in ours else "")
+        sign, style = SIGNS["running"] if entry in ours else (" ", "")
+        table.add_row(f"{sign} {entry.name}", f"{entry.score:.4f}", top1, entry.how, style=style)
     return table
 
 
@@ -4247,9 +4466,9 @@ def show(
     if as_json:
         typer.echo(json.dumps(stages_as_json(kept), indent=2))
     else:
-        console.print(stages_picture(kept, failed, console.width, 12, console.options.ascii_only))
+        console.print(stages_picture(kept, failed, min(console.width, 120)))
     if svg:
-        write_output(svg, as_svg(stages_picture(kept, failed, 100, 12, False), "micronet show").encode())
+        write_output(svg, as_svg(stages_picture(kept, failed, 100), "micronet show").encode())
     if damaged:
         raise Refused("; ".join(damaged))
 

@@ -1,6 +1,8 @@
 """What tables show: every figure is another number here and is looked for in its own row and column."""
 
+import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +43,7 @@ KEPT = [
 
 def cells(table: Table) -> list[list[str]]:
     """Return what each line of a drawn table, headings first, has in each column."""
+    table = copy.copy(table)
     table.box = rich.box.MARKDOWN  # whose bars tell columns apart
     lines = [line for line in drawn(table, 200) if "|" in line and not set(line) <= {"|", "-"}]
     return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
@@ -77,22 +80,27 @@ SPEED = {"stage": "exx", "network": "efficientnet_ex", "teacher": "b0", "device"
 TABLES = {  # by the beginning of its title
     "Kept, in three lines": (micronet.stages_table(KEPT, micronet.PROGRESS, "Kept, in three lines"), """
         stage       | network | taught by         | state   | epoch | best  | last  | time
-        b0          | b0      | -                 | done    | 3/3   | 81.25 | 80.50 | 1:06 min
-        a-long-name | exx     | b0 81.25          | stopped | 2/70  | 44.00 | 42.00 | 43.0 s
-        later       | b3      | a-long-name 44.00 | waiting | 0/3   | -     | -     | -"""),
+        b0          | b0      | -                 | ✓ done    | 3/3   | 81.25 | 80.50 | 1:06 min
+        a-long-name | exx     | b0 81.25          | ■ stopped | 2/70  | 44.00 | 42.00 | 43.0 s
+        later       | b3      | a-long-name 44.00 | · waiting | 0/3   | -     | -     | -"""),
+    "Few columns": (micronet.stages_table(KEPT, micronet.NARROW, "Few columns"), """
+        stage       | taught by         | state     | epoch | best  | last
+        b0          | -                 | ✓ done    | 3/3   | 81.25 | 80.50
+        a-long-name | b0 81.25          | ■ stopped | 2/70  | 44.00 | 42.00
+        later       | a-long-name 44.00 | · waiting | 0/3   | -     | -"""),
     "One alone": (micronet.stages_table(KEPT, micronet.PROGRESS, "One alone", slice(1, 2)), """
         stage       | network | taught by         | state   | epoch | best  | last  | time
-        a-long-name | exx     | b0 81.25          | stopped | 2/70  | 44.00 | 42.00 | 43.0 s"""),
+        a-long-name | exx     | b0 81.25          | ■ stopped | 2/70  | 44.00 | 42.00 | 43.0 s"""),
     "To do": (micronet.stages_table(KEPT, micronet.PLAN, "To do"), """
         stage       | network | teacher           | to do   | epoch
         b0          | b0      | -                 | nothing | 3/3
         a-long-name | exx     | b0                | go on   | 2/70
         later       | b3      | a-long-name       | train   | 0/3"""),
     "Results": (micronet.stages_table(KEPT[:2], micronet.RESULTS, "Results"), """
-                    |         |         | top-1 | top-1 | top-5 | params | ops |        |
-        stage       | network | teacher | best  | last  | best  | (M)    | (M) | score  | time
-        b0          | b0      | -       | 81.25 | 80.50 | 90.62 | 4.200  | 460 | 0.1014 | 1:06 min
-        a-long-name | exx     | b0      | 44.00 | 42.00 | 72.00 | 2.419  | 353 | 0.0668 | 43.0 s"""),
+                    |         |         | top-1 | top-1  | top-1 | top-5 | params | ops |        |
+        stage       | network | teacher | best  | gain   | last  | best  | (M)    | (M) | score  | time
+        b0          | b0      | -       | 81.25 | -      | 80.50 | 90.62 | 4.200  | 460 | 0.1014 | 1:06 min
+        a-long-name | exx     | b0      | 44.00 | -37.25 | 42.00 | 72.00 | 2.419  | 353 | 0.0668 | 43.0 s"""),
     "Cost of one image by the challenge's rules: ": (OFFICIAL, """
                           | ckpt/exx  | b0
         parameters        | 1,234,567 | 4,285,556 || MACs             | 2,345,678 | 2,345,678
@@ -106,9 +114,9 @@ TABLES = {  # by the beginning of its title
         additions         | 4,567,890 || operations        | 5,678,901 || score           | 0.067891
         operations 32-bit | 7,890,123 || score 32-bit      | 0.089012  || top-1 in percent | 79.46"""),
     "Layers of ckpt/exx by the challenge's rules: ": (micronet.layers_table(SCORE), """
-        layer | kind   | parameters | MACs   | multiplications | additions | score    | share
-        stem  | Conv2d | 11,111     | 22,222 | 33,333          | 44,444    | 0.016900 | 24.9 %
-        head  | Linear | 66         | 77     | 88              | 99        | 0.050000 | 73.6 %"""),
+        layer | kind   | share  |            | score    | parameters | MACs   | multiplications | additions
+        stem  | Conv2d | 24.9 % | ━━━        | 0.016900 | 11,111     | 22,222 | 33,333          | 44,444
+        head  | Linear | 73.6 % | ━━━━━━━━━━ | 0.050000 | 66         | 77     | 88              | 99"""),
     "Test accuracy in percent": (micronet.accuracy_table([ACCURACY, ACCURACY | {"checkpoint": "b", "loss": None}]), """
         checkpoint | network         | images | top-1 | top-5 | loss   | precision
         a          | efficientnet_ex | 10,000 | 79.46 | 95.12 | 0.8765 | bf16
@@ -152,8 +160,23 @@ def test_the_board() -> None:
     """Ours stand where their official scores belong."""
     head, *rows = cells(micronet.board_table([SCORE | {"rules": "seed", "score": 0.001}, SCORE, OTHER]))
     assert head == ["entry", "score", "top-1", "how"] and len(rows) == 8 and rows[0][:3] == ["RIAIR", "0.0044", "80.39"]
-    assert rows[4] == ["ckpt/exx", "0.0679", "79.46", "counted here"]
-    assert rows[7] == ["efficientnet_b0", "0.2000", "-", "counted here"]
+    assert rows[4] == ["► ckpt/exx", "0.0679", "79.46", "counted here"]
+    assert rows[7] == ["► efficientnet_b0", "0.2000", "-", "counted here"]
+    assert "".join(row[0] for row in rows).count("►") == 2
+
+
+@pytest.mark.parametrize("title", TABLES)
+@pytest.mark.parametrize("width", [45, 60])
+def test_a_narrow_screen_shows_every_figure_whole(title: str, width: int) -> None:
+    wide, narrow = drawn(TABLES[title][0], 200), drawn(TABLES[title][0], width)
+    figures = [sorted(set(re.findall(r"[\d.,]+", " ".join(lines)))) for lines in (wide, narrow)]
+    assert figures[0] == figures[1] and max(map(len, narrow)) <= width and "…" not in "".join(narrow)
+
+
+def test_a_narrow_screen_repeats_the_names_in_further_tables() -> None:
+    lines = [line.split() for line in drawn(TABLES["Results"][0], 60) if line.startswith(" b0 ")]
+    names = ["b0", "b0", "-"]
+    assert lines == [[*names, "81.25", "-", "80.50", "90.62"], [*names, "4.200", "460", "0.1014", "1:06", "min"]]
 
 
 def test_stages_as_json() -> None:
