@@ -1081,10 +1081,10 @@ class Cosine(nn.Module):
 class EfficientNet(nn.Sequential):
     """Normalised images (N, 3, side, side) to cosines (N, K)."""
 
-    def __init__(
-        self, classes: int, width: float, depth: float, stochastic_depth: float = 0.0, side: int = SIDE
-    ) -> None:
+    def __init__(self, stage: Stage, stochastic_depth: float) -> None:
         super().__init__()
+        own_width, own_depth = NETWORKS[stage.network]
+        width, depth, side = stage.width or own_width, stage.depth or own_depth, stage.side
         self.side, stride = side, 1 + (side > SIDE)
         channels, head, last = scaled_channels(STEM, width), scaled_channels(HEAD, width), side // stride
         self.stem = nn.Sequential(*convolution(3, channels, 3, stride), batch_norm(channels), nn.SiLU())
@@ -1096,7 +1096,7 @@ class EfficientNet(nn.Sequential):
                 channels, last, stride = outputs, last // stride, 1
         self.head = nn.Sequential(*convolution(channels, head, 1), batch_norm(head), nn.SiLU())
         self.pool, self.flatten = nn.AvgPool2d(last), nn.Flatten()
-        self.embedding, self.cosine = nn.Linear(head, EMBEDDING), Cosine(EMBEDDING, classes)
+        self.embedding, self.cosine = nn.Linear(head, EMBEDDING), Cosine(EMBEDDING, stage.classes)
         self.apply(initialize)
 
 
@@ -1112,23 +1112,9 @@ def initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def build_network(
-    name: str,
-    classes: int = 100,
-    width: float | None = None,
-    depth: float | None = None,
-    stochastic_depth: float = 0.0,
-    side: int = SIDE,
-) -> EfficientNet:
-    """Build a network of `NETWORKS` with fresh weights, channels_last, in training mode; see `Stage` for the rest."""
-    own_width, own_depth = NETWORKS[name]
-    network = EfficientNet(classes, width or own_width, depth or own_depth, stochastic_depth, side)
-    return network.to(memory_format=torch.channels_last)
-
-
-def stage_network(stage: Stage, stochastic_depth: float = 0.0) -> EfficientNet:
-    """Build the network that a stage trains."""
-    return build_network(stage.network, stage.classes, stage.width, stage.depth, stochastic_depth, stage.side)
+def build_network(stage: Stage, stochastic_depth: float = 0.0) -> EfficientNet:
+    """Build the network that a stage trains, with fresh weights, channels_last, in training mode."""
+    return EfficientNet(stage, stochastic_depth).to(memory_format=torch.channels_last)
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -1760,7 +1746,7 @@ def load_network(path: Path | str) -> EfficientNet:
 
 def network_from(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> EfficientNet:
     """Build the network that the metadata describe and fill it with the tensors."""
-    network = stage_network(metadata.stage)
+    network = build_network(metadata.stage)
     if metadata.exported:
         fold_network(network)
     fill_network(path, network, tensors)
@@ -2175,7 +2161,7 @@ def set_aside(folder: Path) -> Path | None:
 def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
     """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and a checkpoint's accuracy."""
     if full := find_network(name):
-        name, network, top1, scored = full, build_network(full), None, True
+        name, network, top1, scored = full, build_network(Stage(full, network=full)), None, True
     elif is_path(name):
         tensors, about = load_checkpoint(Path(name))
         network, top1, scored = network_from(Path(name), tensors, about), about.tested.top1, about.stage.is_scored
@@ -2185,22 +2171,17 @@ def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, 
     results = []
     for rules in counts:
         costs = layer_costs(network, rules)
-        cost = total_cost(costs.values())
-        scores = {name: getattr(cost, name) if scored else None for name in ("score", "score_32bit")}
-        derived = {"ops": cost.ops, "ops_32bit": cost.ops_32bit, **scores, "top1": top1}
-        results.append({"name": name, "rules": rules, **cost._asdict(), **derived})
+        results.append({"name": name, "rules": rules, **figures(total_cost(costs.values()), scored), "top1": top1})
         if layers:
-            results[-1]["layers"] = [
-                {
-                    "layer": layer,
-                    "kind": kinds[layer],
-                    **c._asdict(),
-                    "ops": c.ops,
-                    "score": c.score if scored else None,
-                }
-                for layer, c in costs.items()
-            ]
+            each = [{"layer": layer, "kind": kinds[layer], **figures(c, scored)} for layer, c in costs.items()]
+            results[-1]["layers"] = each
     return results
+
+
+def figures(cost: Cost, scored: bool) -> dict[str, float | None]:
+    """Return what a cost is made of and comes to, without scores where they mean nothing."""
+    scores = {name: getattr(cost, name) if scored else None for name in ("score", "score_32bit")}
+    return {**cost._asdict(), "ops": cost.ops, "ops_32bit": cost.ops_32bit, **scores}
 
 
 class Shipped(nn.Module):
@@ -2492,8 +2473,8 @@ def published_names(network: EfficientNet) -> dict[str, str]:
 
 def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
     """Return a published network as a checkpoint of ours holds it; raises Refused."""
-    tensors = read_published(path, build_network(name))
     stage = Stage(path.stem if re.fullmatch(NAME, path.stem) else "imported", network=name)
+    tensors = read_published(path, build_network(stage))
     unknown = Tested(stage.epochs, None, None)
     with open(path, "rb") as file:
         origin = Origin(path.name, hashlib.file_digest(file, "sha256").hexdigest())
@@ -2844,7 +2825,7 @@ def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images)
     """Return a run that begins: fresh weights, and no teacher yet."""
     device = accelerator.device
     torch.manual_seed(stream_seed(stage.seed, stage.name, "weights"))
-    student = stage_network(stage, stage.stochastic_depth)
+    student = build_network(stage, stage.stochastic_depth)
     cost = total_cost(layer_costs(student, "seed").values())
     student.to(device)
     optimizer = torch.optim.SGD(
@@ -3039,7 +3020,7 @@ def bare_run(stage: Stage, stages: dict[str, Stage], data: Path | None, steps: i
     run = new_run(stage, open_accelerator(), images, images)
     if stage.teacher:
         teacher = stages.get(stage.teacher) or read_metadata(Path(stage.teacher)).stage
-        run.teacher = place_teacher(stage_network(teacher), run.accelerator)
+        run.teacher = place_teacher(build_network(teacher), run.accelerator)
     return stage, run
 
 
@@ -4228,33 +4209,27 @@ def pausing(launcher: int) -> Iterator[None]:
     """Have Ctrl-Z, and what goes on afterwards, reach all processes of a stage, which are not in this one's session."""
 
     def pause(signum: int, frame: object) -> None:
-        family = [launcher, *descendants(launcher)]
-        for pid in family:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        import psutil  # which accelerate needs
+
+        family: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            family = [first := psutil.Process(launcher), *first.children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h\n")  # the shell needs the cursor that a stage's screen hides
             sys.stdout.flush()
         os.kill(os.getpid(), signal.SIGSTOP)
-        for pid in family:  # from here on after SIGCONT
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        for process in family:  # from here on after SIGCONT
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     before = signal.signal(signal.SIGTSTP, pause)
     try:
         yield
     finally:
         signal.signal(signal.SIGTSTP, before)
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the processes that a process has started, those that they have, and so on."""
-    found: list[int] = []
-    with suppress(OSError):  # it has ended meanwhile
-        for task in Path("/proc", str(pid), "task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *descendants(child)]
-    return found
 
 
 def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, Any]:

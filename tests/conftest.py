@@ -120,6 +120,20 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 WIDE = os.environ | {"COLUMNS": "200"}
 
 
+def build_network(
+    name: str,
+    classes: int = 100,
+    width: float | None = None,
+    depth: float | None = None,
+    stochastic_depth: float = 0.0,
+    side: int = 32,
+) -> micronet.EfficientNet:
+    """Build a network with fresh weights."""
+    dataset = {100: "cifar100", 10: "cifar10"}[classes]
+    stage = micronet.Stage("built", network=name, width=width, depth=depth, side=side, dataset=dataset)
+    return micronet.build_network(stage, stochastic_depth)
+
+
 def invoke(*arguments: object) -> Result:
     """Run a command in this process."""
     return CliRunner().invoke(micronet.app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "200"})

@@ -7,20 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import invoke
+from conftest import build_network, invoke
 from torch import Tensor, nn
 
-from micronet import (
-    NETWORKS,
-    Cosine,
-    Operation,
-    build_network,
-    count_by_seed,
-    count_officially,
-    layer_costs,
-    operations,
-    total_cost,
-)
+from micronet import NETWORKS, Cosine, Operation, count_by_seed, count_officially, layer_costs, operations, total_cost
 
 FIGURES = {  # params, operations with a multiplication at 1/2 and at 1, score at 16 and at 32 bits
     ("efficientnet_ex", "seed"): (2_793_064, 382_885_052, 512_835_116, "0.074761", "0.12541"),  # published [1]
@@ -185,8 +175,8 @@ def test_layers_and_the_board_stand_below_the_scores() -> None:
     shown = invoke("score", "efficientnet_exx", "--layers", "--board").stdout
     titles = [line.split()[0] for line in shown.splitlines() if re.match("(Cost|Layers|The) ", line)]
     assert titles == ["Cost", "Cost", "Layers", "Layers", "The"]
-    (row,) = (line.split() for line in shown.splitlines() if line.startswith(" efficientnet_exx"))
-    assert row == ["efficientnet_exx", "0.0661", "-", "counted", "here"]  # of the two counts the official one
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith(" ►"))
+    assert row == ["►", "efficientnet_exx", "0.0661", "-", "counted", "here"]  # of the two counts the official one
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -24,12 +24,12 @@ from typing import BinaryIO
 
 import pytest
 import torch
-from conftest import TINY, invoke
+from conftest import TINY, build_network, invoke
 from torch import Tensor, nn
 from typer.testing import Result
 
 import micronet
-from micronet import build_network, fold_network, load_checkpoint, load_network, read_metadata
+from micronet import fold_network, load_checkpoint, load_network, read_metadata
 
 # ------------------------------------------------------------------------------------------------------------ folding
 

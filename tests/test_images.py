@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_EPOCH, ROOT, TINY, drawn, invoke, reset_accelerate
+from conftest import ONE_EPOCH, ROOT, TINY, build_network, drawn, invoke, reset_accelerate
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
@@ -423,7 +423,7 @@ def test_an_export_calls_images_what_they_are(pets: Path, tmp_path: Path) -> Non
 
 def test_an_imported_network_exports(tmp_path: Path, few: None) -> None:
     origin, unknown = micronet.Origin("ex.pytar", "0" * 64), micronet.Tested(70, None, None)
-    network = micronet.stage_network(stage := Stage("imported", network="efficientnet_exx", width=0.1, depth=0.1))
+    network = micronet.build_network(stage := Stage("imported", network="efficientnet_exx", width=0.1, depth=0.1))
     about = micronet.Metadata(stage, (), 70, unknown, unknown, imported=origin)
     micronet.save_checkpoint(tmp_path / "exx.safetensors", network.state_dict(), about)
     out = tmp_path / "out" / "exx.safetensors"
@@ -510,12 +510,12 @@ def maps(network: nn.Module, side: int) -> tuple[list[int], int]:
 
 
 def test_at_224_the_strides_are_torchvisions_own() -> None:
-    assert maps(micronet.build_network("efficientnet_b0", side=224), 224) == maps(efficientnet_b0(), 224)
+    assert maps(build_network("efficientnet_b0", side=224), 224) == maps(efficientnet_b0(), 224)
 
 
 @pytest.mark.parametrize("side", micronet.SIDES)
 def test_the_last_map_has_eight_by_eight_values_or_less(side: int) -> None:
-    network = micronet.build_network("efficientnet_ex", 10, 0.1, 0.1, side=side)
+    network = build_network("efficientnet_ex", 10, 0.1, 0.1, side=side)
     sides, macs = maps(network, side)
     assert (
         4 < sides[-1] <= 8

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from conftest import ONE_EPOCH, ROOT, TINY, WIDE, invoke, program
@@ -321,7 +322,7 @@ with micronet.pausing(child.pid):
 """
 
     def states() -> list[str]:
-        pids = [chain.pid, launcher, *micronet.descendants(launcher)]
+        pids = [chain.pid, launcher, *(child.pid for child in psutil.Process(launcher).children(recursive=True))]
         return [Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] for pid in pids]
 
     def become(expected: list[str]) -> bool:

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build_network
 from torch import nn
 from torchvision.models import efficientnet_b0
 
-from micronet import Cosine, MBConv, build_network, convolution, initialize, scaled_channels
+from micronet import Cosine, MBConv, convolution, initialize, scaled_channels
 
 
 def test_b0_is_torchvisions_but_for_strides_projection_bias_and_head() -> None:

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WIDE, invoke
+from conftest import ROOT, WIDE, build_network, invoke
 from test_images import messy
 
-from micronet import build_network, fold_network, layer_costs, load_stages, read_metadata, total_cost
+from micronet import fold_network, layer_costs, load_stages, read_metadata, total_cost
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)

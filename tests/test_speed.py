@@ -14,12 +14,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import invoke, load_script
+from conftest import build_network, invoke, load_script
 from test_training import same_training
 from torch import nn
 
 import micronet
-from micronet import Stage, Stepped, augment, build_network, load_stages, plan_epoch, random_images
+from micronet import Stage, Stepped, augment, load_stages, plan_epoch, random_images
 
 
 def copied(plain: ModuleType, network: nn.Module, width: float, depth: float) -> nn.Module:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from conftest import TINY, invoke, reset_accelerate
+from conftest import TINY, build_network, invoke, reset_accelerate
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -109,7 +109,7 @@ def test_a_step_against_plain_sgd(tmp_path: Path) -> None:
     """Two steps of the loop and of SGD written out by hand, from the same weights and batches."""
     stage = replace(STAGE, batch_size=60, views=("jitter", "crop"), epochs=1, lr=((1, 0.1),), weight_decay=0.1)
     run = begin(stage, tmp_path)
-    twin = micronet.build_network("efficientnet_b0", 10, 0.1, 0.1)
+    twin = build_network("efficientnet_b0", 10, 0.1, 0.1)
     twin.load_state_dict(run.student.state_dict())
     plan = micronet.plan_epoch(stage, 1)
     momentum = {p: torch.zeros_like(p) for p in twin.parameters()}
