@@ -3147,7 +3147,7 @@ class Dashboard(Plain):
                 self.training, self.counted = trail(event.history), (0, 0, 0.0)  # epoch, images, hits
                 self.set(state="running", **({} if event.history else {"metadata": None}))  # --restart begins anew
                 self.bars = Text("the first step is under way")
-                self.live.redraw()
+                self.live.refresh()
             case Stepped():
                 self.stepped = now
                 if now >= self.live.due:
