@@ -21,7 +21,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import ROOT, WIDE, drawn, invoke
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pytest import MonkeyPatch
 from rich.console import Console
@@ -174,6 +174,8 @@ def test_the_last_screen_says_how_it_ended_in_any_encoding(error: Exception | No
         rf"{sign} {state}[| ]+{4 if error else 5}/70[| ]", visible(written).split("running")[-1]
     )
     assert ("stage a-long-name is finished: top-1 " in written) == (error is None)
+    assert "WARNING: a note\n" in written.splitlines(keepends=True)[0]  # above the frame, for good
+    assert re.findall(r"micronet: . of 3 stages done(, .*? left)? -", visible(written))[-1] == ""
 
 
 def test_a_terminal_is_given_back_after_sigterm(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -275,10 +277,12 @@ def test_axes_end_where_there_is_nothing_more_to_see() -> None:
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(2, 12))
+@example(99.96, 100.0, 2)
 def test_ticks_are_round_and_enclose_what_is_shown(a: float, b: float, most: int) -> None:
     low, high = sorted((a, b))
     marks = micronet.ticks(low, high, most)
     steps = {round(y - x, 6) for x, y in itertools.pairwise(marks)}
+    assert high > 100 or marks[-1] <= 100  # percent
     assert 3 <= len(marks) <= most + 1 and marks[0] <= low and high <= marks[-1] + 1e-9 and len(steps) == 1
     assert f"{steps.pop():.0e}"[0] in "125" and all(abs(mark - float(f"{mark:g}")) < 1e-6 for mark in marks)
 
@@ -292,6 +296,18 @@ def test_a_curve_of_any_size_fits(width: int, epochs: int) -> None:
     assert curve(stage, history, [], TEACHER, width, 5) == []
 
 
+def test_training_is_noted_in_2000_points_at_most() -> None:
+    stage = replace(EXX, train_images=12_800, epochs=1000)
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
+    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
+        patch.setattr(view.live, "redraw", lambda: None)
+        view(replace(BEGUN, stage=stage))
+        for step in range(1, 301):
+            view(Stepped(3, step, 0.1, torch.tensor([1.0, 64.0 * step]), 128 * step))
+        before = [(0.5, KEPT[1].history[0].train_top1), (1.5, KEPT[1].history[1].train_top1)]
+        assert view.training == [*before, (2.25, 50), (2.75, 50)]
+
+
 def test_twenty_points_an_epoch_of_training() -> None:
     """Each of what has been trained since the one before it; an epoch that ends between two redraws is one."""
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
@@ -299,14 +315,16 @@ def test_twenty_points_an_epoch_of_training() -> None:
     with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
         patch.setattr(view.live, "redraw", lambda: None)
         view(replace(BEGUN, stage=stage, history=[]))
-        hits = 0.0
-        for step in range(1, 301):
-            hits += 32 if step <= 150 else 64
-            view(Stepped(1, step, 0.1, torch.tensor([1.0, hits]), 128 * step))
-        assert view.training == [pytest.approx(((n + 0.5) / 20, 25 if n < 10 else 50)) for n in range(20)]
-        for last in (1, 2):
-            view(EpochDone(record(last, 50.0), record(1, 50.0)))
-        assert view.training[20:] == [(1.5, record(2, 50.0).train_top1)]
+        for epoch in (1, 2):
+            hits = 0.0
+            for step in range(1, 301):
+                hits += 32 * epoch if step <= 150 else 64
+                view(Stepped(epoch, step, 0.1, torch.tensor([1.0, hits]), 128 * step))
+            view(EpochDone(record(epoch, 50.0), record(1, 50.0)))
+        view(EpochDone(record(3, 50.0), record(1, 50.0)))
+        assert view.training[:20] == [pytest.approx(((n + 0.5) / 20, 25 if n < 10 else 50)) for n in range(20)]
+        assert view.training[20:40] == [pytest.approx((1 + (n + 0.5) / 20, 50)) for n in range(20)]
+        assert view.training[40:] == [(2.5, record(3, 50.0).train_top1)]
 
 
 def test_ascii_has_a_sign_for_everything() -> None:
@@ -318,6 +336,8 @@ def test_ascii_has_a_sign_for_everything() -> None:
     file.flush()
     written = file.buffer.getvalue().decode("ascii")
     assert "?" not in written and "+ done" in written and "! stopped" in written
+    assert " 80 +- - - - - " in written and " *-------" in written and " ........" in written
+    assert " -- test top-1, %  .. training  - - teacher 81.25" in written
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"])
@@ -367,6 +387,9 @@ def test_the_picture_of_what_is_kept() -> None:
         text = "".join(lines)
         assert "│ b0 failed: no room" in text and ("│ a-long-name: 1,002 images/s, " in text) == (height > 12)
         assert "b0: 1,003" not in text
+        pictures = ([replace(KEPT[0], state="running"), KEPT[1]], []), (KEPT[:2], 99 * ["no room"])
+        running, crowded = (drawn(micronet.stages_picture(*each, width, height), width) for each in pictures)
+        assert ("│ b0: 1,003 images/s" in "".join(running)) == (height > 12) and len(crowded) < height
 
 
 def test_a_failure_is_said_once_and_not_of_a_finished_stage(tmp_path: Path) -> None:
