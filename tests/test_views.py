@@ -61,7 +61,7 @@ def test_the_dashboard_fits(size: tuple[int, int], others: int) -> None:
     assert max(map(len, lines)) <= size[0]
     if size[0] >= 60:
         assert len(lines) < size[1] and "► running" in "".join(lines) and lines[-1][0] + lines[-1][-1] == "╰╯"
-        assert not any("…" in line or "..." in line for line in lines)
+        assert not any("…" in line or "..." in line for line in lines) and len(lines) <= 16 + 20 + others
         assert ("teacher 81.25" in "".join(lines)) == (size[1] > 12)
 
 
@@ -95,6 +95,15 @@ def test_the_speed_is_that_of_the_last_seconds() -> None:
             view(step)
         (line,) = [line for line in drawn(view.picture(), 80) if "speed" in line]
     assert " 24 images/s " in line and "speed █▅ " in line
+    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
+        for step in range(60):
+            patch.setattr(time, "monotonic", lambda step=step: 6.0 * step)
+            view(replace(STEP, epoch=3, step=step, images=128 * step) if step else BEGUN)
+        for width, bars in ((60, 8), (120, 26)):
+            console.width = width
+            patch.setattr(time, "monotonic", lambda width=width: 6.0 * (60 + width))
+            view(replace(STEP, epoch=3, step=60 + width, images=128 * (60 + width)))
+            assert sum(line.count("█") + line.count("▇") for line in drawn(view.picture(), width) if "speed" in line) == bars
 
 
 def test_a_terminal_of_another_size_is_cleared() -> None:
@@ -134,6 +143,26 @@ def test_a_restarted_stage_begins_anew() -> None:
     """What it had kept is moved aside, and counts no longer."""
     lines = [" ".join(line.split()) for line in picture(80, 24, begun=replace(BEGUN, history=[]))]
     assert lines[4] == "│ a-long-name exx b0 81.25 ► running 2/70 62.00 60.00 47.0 s │"
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_the_screen_of_a_chains_stage_makes_room_for_the_next(stays: bool) -> None:
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
+    with micronet.Dashboard(console, KEPT, stays) as view:
+        for event in (BEGUN, *EPOCHS, STEP, LAST):
+            view(event)
+    end = console.file.getvalue().split("✓ done")[-1]
+    assert ("\x1b[2K" in end) == (not stays) and "stage a-long-name is finished" in console.file.getvalue()
+
+
+def test_following_redraws_no_more_often(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    asked, drawn = iter(range(50)), []
+    monkeypatch.setattr(micronet.StopRequest, "made", lambda self: next(asked) == 49)
+    monkeypatch.setattr(micronet.Sheet, "refresh", lambda self: drawn.append(self))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    micronet.follow_stages(tmp_path, Console(file=io.StringIO(), width=80, height=24, force_terminal=True))
+    assert 1 <= len(drawn) <= 3  # the first and the last are rich's own
 
 
 def test_only_the_main_process_draws() -> None:
