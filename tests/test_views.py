@@ -118,6 +118,15 @@ def test_a_terminal_of_another_size_is_cleared() -> None:
     assert console.file.getvalue().count("\x1b[2J") == 1 and "╮" == drawn(view.picture(), 70)[0][-1]
 
 
+def test_the_time_between_epochs_is_that_since_the_last_step() -> None:
+    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
+    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
+        for seconds, event in ((0, BEGUN), (15, replace(STEP, epoch=3)), (20, EPOCHS[0]), (25, replace(STEP, epoch=4))):
+            patch.setattr(time, "monotonic", lambda seconds=seconds: float(seconds))
+            view(event)
+        assert " 20 % tests, saves; " in "".join(drawn(view.picture(), 80))
+
+
 def test_redrawing_takes_little_of_the_time() -> None:
     """Four times a second at most, and less often where drawing takes more than 0.5 % of that."""
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
