@@ -3302,7 +3302,7 @@ def curve(
     level = teacher.tested.top1 if teacher else None
     rows, columns = height - 3, max(2, width - 8)
     values = [top1 for _, top1 in (*tested, *training)] + ([] if level is None else [level])
-    marks = ticks(min(values, default=0), max(values, default=100), max(2, rows // 3))
+    marks = ticks(min(values, default=0), max(values, default=100), max(2, rows // 2))
     end = 1
     while end < max((epoch for epoch, _ in (*tested, *training)), default=0):
         end = math.ceil(1.5 * end)
@@ -4413,6 +4413,7 @@ def chain(
                 say(console, f"stage {name} is being started")
                 launch_stage(launch, stage, options, ckpt, stop)
         finally:
+            console.show_cursor()  # which a stage that was killed has left hidden
             console.print(outcome_table([read_kept(each.stage, ckpt, strict=False) for each in todo]))
 
 

@@ -154,6 +154,14 @@ def test_a_restarted_stage_begins_anew() -> None:
     assert lines[4] == "│ a-long-name exx b0 81.25 ► running 2/70 62.00 60.00 47.0 s │"
 
 
+def test_a_chain_shows_the_cursor_that_a_killed_stage_has_hidden(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    console = micronet.Screen(file=io.StringIO(), width=80, force_terminal=True)
+    monkeypatch.setattr(micronet, "new_console", lambda: console)
+    monkeypatch.setattr(micronet, "launch_stage", Mock(side_effect=micronet.Failure("killed")))
+    result = invoke("chain", "--stages", ROOT / "demo.toml", "--ckpt", tmp_path)
+    assert result.exit_code == 1 and "killed" in result.stderr and "\x1b[?25h" in console.file.getvalue()
+
+
 @pytest.mark.parametrize("stays", [True, False])
 def test_the_screen_of_a_chains_stage_makes_room_for_the_next(stays: bool) -> None:
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
