@@ -2271,7 +2271,9 @@ def model_card(out: Path, about: Metadata, scale: float | None, cost: Cost, resu
     index = json.dumps([{"name": stage.name, "results": [tested | {"metrics": [metric]}]}])
     taught = f", taught by {about.teacher.stage} ({percent(about.teacher.tested.top1)})" if about.teacher else ""
     source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}"
-    chosen = ", on which its epoch was chosen" if about.images and result["on"].startswith(stage.tested_on) else ""
+    chosen = ""
+    if about.images and result["on"].startswith(stage.tested_on):  # a state holds the last epoch's network
+        chosen = f" of epoch {about.epoch}, the last" if about.best_network else ", on which its epoch was chosen"
     score = f"| MicroNet score | {result['score']:.4f} |\n" if stage.is_scored else ""
     order = ", in the order of labels.txt" if about.class_names else ""
     softmax = f" Softmax of {scale:.4g} x the outputs gives rough probabilities." if scale else ""

@@ -420,6 +420,10 @@ def test_an_export_calls_images_what_they_are(pets: Path, tmp_path: Path) -> Non
     card = (tmp_path / "x" / "README.md").read_text()
     assert "of 16 other images |" in card and "was chosen" not in card and "validation" not in card
     assert read_metadata(tmp_path / "x" / "x.safetensors").exported.top1 is None
+    for name, words in (("best", ", on which its epoch was chosen |"), ("last", " of epoch 3, the last |")):
+        given[1:3] = pets / "ckpt" / "second" / f"{name}.safetensors", tmp_path / name / "x.safetensors"
+        assert invoke(*given, "--data", pets / "data").exit_code == 0
+        assert f"validation images{words}" in (tmp_path / name / "README.md").read_text()
 
 
 def test_an_imported_network_exports(tmp_path: Path, few: None) -> None:
