@@ -92,7 +92,6 @@ import rich.box
 import typer
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
-from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment, SegmentLines
@@ -3215,14 +3214,8 @@ class Dashboard(Plain):
             return Text("")
         kept, width = list(self.kept.values()), self.console.width - 4
         room = self.console.height - 6  # two lines are the frame's, three the bars', one stays free
-        most = max(1, min(len(kept), room - 10))  # two are the table's headings, eight a curve's
         here = list(self.kept).index(self.stage.name)
-        first = min(max(0, here - most // 2), len(kept) - most)
-        head = [
-            kept_table(kept, width, slice(first, first + most)),
-            *(Text(printable(line), TRAINED) for line in self.said),
-        ]
-        lines = laid_out(head, width)[: max(2 + most, room - 8)]
+        lines = laid_out(kept, here, self.said, width, room - 8)  # a curve's
         plot = curve(self.stage, kept[here].history, self.training, self.teacher, width, min(room - len(lines), 20))
         return framed([SegmentLines(lines, new_lines=True), self.bars, *plot], kept, self.left)
 
@@ -3257,7 +3250,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     first, last = math.floor(low / step), math.ceil(high / step)
     while last - first < 2:
         first, last = (first - 1, last) if last * step >= 100 else (first, last + 1)
-    return [n * step for n in range(first, last + 1)]
+    return [round(n * step, 1) for n in range(first, last + 1)]
 
 
 class Canvas:
@@ -3337,7 +3330,7 @@ def curve(
         label, x = f"{mark:g}", across(mark) // 2
         place = min(7 + x - len(label) // 2, len(below) - len(label))
         axis[x], below[place : place + len(label)] = "┴", label
-    lines += [Text(f"{'':6}└{''.join(axis)}", TRAINED), Text("".join(below), TRAINED)]
+    lines += [Text(line, TRAINED, no_wrap=True) for line in (f"{'':6}└{''.join(axis)}", "".join(below))]
     return [*lines, legend(stage.tested_on, level, bool(drops), width)]
 
 
@@ -3367,20 +3360,24 @@ def stages_picture(kept: list[Kept], troubles: list[str], width: int, room: int 
 
     In `room` lines, if that is given, in a frame, with the youngest curve alone, below the table.
     """
-    said = [Text(printable(line)) for line in troubles]
     if room is None:
+        said = [Text(printable(line)) for line in troubles]
         plots = [line for each in kept for line in (*stage_picture(each, width, 12), Text(""))]
         return Group(*plots, kept_table(kept, width), *said)
-    lines = laid_out([kept_table(kept, width - 4), *said], width - 4)[: room - 3]
-    youngest = ([each for each in kept if each.state == "running"] or kept)[-1:]
-    plots = [line for each in youngest for line in stage_picture(each, width - 4, min(20, room - len(lines) - 4))]
+    here = max((i for i, each in enumerate(kept) if each.state == "running"), default=len(kept) - 1)
+    lines = laid_out(kept, here, troubles, width - 4, room - 12)
+    plots = stage_picture(kept[here], width - 4, min(20, room - len(lines) - 4)) if kept else []
     left = sum(seconds_left(each.stage, each.history) for each in kept)
     return framed([SegmentLines(lines, new_lines=True), *plots], kept, left)
 
 
-def laid_out(parts: list[RenderableType], width: int) -> list[list[Segment]]:
-    """Return the lines that parts of a picture take in so many characters."""
-    return Screen(file=io.StringIO(), width=width).render_lines(Group(*parts), pad=False)
+def laid_out(kept: list[Kept], here: int, said: list[str], width: int, room: int) -> list[list[Segment]]:
+    """Return the table of the stages around `kept[here]`, as many as there is room for, and what is said of them."""
+    heads = 2 + min(2, len(said))  # lines of headings, and of what is said at least
+    most = max(1, min(len(kept), room - heads))
+    first = max(0, min(here - most // 2, len(kept) - most))
+    parts = Group(kept_table(kept, width, slice(first, first + most)), *(Text(printable(line)) for line in said))
+    return Screen(file=io.StringIO(), width=width).render_lines(parts, pad=False)[: max(heads + most, room)]
 
 
 def kept_table(kept: list[Kept], width: int, rows: slice = slice(None)) -> RenderableType:
@@ -3606,14 +3603,17 @@ class Pages(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         names = list(itertools.takewhile(lambda column: column.justify == "left", self.columns))
-        rest, page = self.columns[len(names) :], copy.copy(self)
-        for n in range(len(rest), -1, -1):
-            page.columns = names + rest[:n]
-            if n < 2 or Measurement.get(console, options.update_width(10**4), page).minimum <= options.max_width:
-                break
+        rest, page, wide = self.columns[len(names) :], copy.copy(self), options.update_width(10**4)
+        widths = [(column.no_wrap, self._measure_column(console, wide, column)) for column in self.columns]
+        # rich takes a column that does not wrap to need no more than its longest word
+        least = [1 + (width.maximum if whole else width.minimum) for whole, width in widths]
+        n = len(rest)
+        while n > 1 and sum(least[: len(names) + n]) >= options.max_width:
+            n -= 1
+        page.columns, page.caption = names + rest[:n], None if rest[n:] else self.caption
         yield from Table.__rich_console__(page, console, options)
         if rest[n:]:
-            page.title, page.columns = None, names + rest[n:]
+            page.title, page.caption, page.columns = None, self.caption, names + rest[n:]
             yield page
 
 

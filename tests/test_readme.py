@@ -1,5 +1,6 @@
 """README: every command and snippet, as it stands there."""
 
+import json
 import os
 import re
 import shlex
@@ -128,6 +129,28 @@ def test_own_images_from_a_folder_to_a_prediction(tmp_path: Path, monkeypatch: p
         result = invoke(*shlex.split(command)[3:], *(less if " chain " in command else []))
         assert result.exit_code == 0 and re.search(shown, result.stdout), result.output
     assert (tmp_path / "shipped" / "labels.txt").read_text() == "cat\ndog\n"
+
+
+PUBLISHED = sorted((ROOT / "ckpt" / "published").glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_table_of_published_networks(path: Path) -> None:
+    """Its figures are those that `score` and, where CIFAR-10 is at hand, `evaluate` print; so are the model card's."""
+    name = path.relative_to(ROOT)
+    (row,) = (line.split(" | ") for line in README.splitlines() if f"({name})" in line)
+    (cost,) = json.loads(invoke("score", path, "--rules", "official", "--json").stdout)
+    assert row[1:4] == [f"{cost['params']:,}", f"{cost['flops']:,}", f"{path.stat().st_size:,}"]
+    card = (path.parent / "README.md").read_text()
+    assert f"| parameters | {cost['params']:,} |" in card
+    assert f"| {path.name} | {row[4]} % of 10,000 test images of epoch " in card and ", the last |" in card
+    if (ROOT / "data" / "cifar-10-batches-py" / "test_batch").exists():
+        (result,) = json.loads(invoke("evaluate", path, "--data", ROOT / "data", "--json").stdout)
+        assert result["top1"] == pytest.approx(float(row[4]), abs=0.02) and result["images"] == 10_000
+
+
+def test_networks_are_published() -> None:
+    assert len(PUBLISHED) == README.count("](ckpt/published/") >= 3
 
 
 @pytest.mark.parametrize("name", ["b3", "b0", "ex", "exx"])

@@ -156,6 +156,13 @@ def test_speeds_stand_beside_each_other_and_what_is_left_adds_up() -> None:
     assert table.caption.endswith(": 1:01 h")
 
 
+def test_a_figure_of_several_words_stays_in_one_piece() -> None:
+    table = micronet.speed_table([SPEED | {"stage": f"s{i}", "device": "NVIDIA GeForce RTX 4090"} for i in range(7)])
+    lines = drawn(table, 80)
+    labels, caption = (sum(words in line for line in lines) for words in ("precision, compiled", "one after the other"))
+    assert "\n".join(lines).count("NVIDIA GeForce RTX 4090") == 7 and labels > 1 == caption
+
+
 def test_the_board() -> None:
     """Ours stand where their official scores belong."""
     head, *rows = cells(micronet.board_table([SCORE | {"rules": "seed", "score": 0.001}, SCORE, OTHER]))

@@ -103,7 +103,10 @@ def test_the_speed_is_that_of_the_last_seconds() -> None:
             console.width = width
             patch.setattr(time, "monotonic", lambda width=width: 6.0 * (60 + width))
             view(replace(STEP, epoch=3, step=60 + width, images=128 * (60 + width)))
-            assert sum(line.count("█") + line.count("▇") for line in drawn(view.picture(), width) if "speed" in line) == bars
+            assert (
+                sum(line.count("█") + line.count("▇") for line in drawn(view.picture(), width) if "speed" in line)
+                == bars
+            )
 
 
 def test_a_terminal_of_another_size_is_cleared() -> None:
@@ -382,7 +385,7 @@ def test_ascii_has_a_sign_for_everything() -> None:
     file.flush()
     written = file.buffer.getvalue().decode("ascii")
     assert "?" not in written and "+ done" in written and "! stopped" in written
-    assert " 80 +- - - - - " in written and " *-------" in written and " ........" in written
+    assert "|- - - - - " in written and " *-------" in written and " ........" in written
     assert " -- test top-1, %  .. training  - - teacher 81.25" in written
 
 
@@ -433,6 +436,11 @@ def test_the_picture_of_what_is_kept() -> None:
         text = "".join(lines)
         assert "│ b0 failed: no room" in text and ("│ a-long-name: 1,002 images/s, " in text) == (height > 12)
         assert "b0: 1,003" not in text
+        many = [
+            replace(KEPT[0], stage=replace(B0, name=f"s{i}"), state="running" if i == 3 else "done") for i in range(29)
+        ]
+        text = "".join(drawn(micronet.stages_picture(many, ["no room"], width, height), width))
+        assert "► running" in text and "│ no room" in text and ("│ s3: 1,003" in text) == (height > 12)
         pictures = ([replace(KEPT[0], state="running"), KEPT[1]], []), (KEPT[:2], 99 * ["no room"])
         running, crowded = (drawn(micronet.stages_picture(*each, width, height), width) for each in pictures)
         assert ("│ b0: 1,003 images/s" in "".join(running)) == (height > 12) and len(crowded) < height
