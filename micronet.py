@@ -3125,8 +3125,7 @@ class Dashboard(Plain):
         if self.bars:
             ended = "done" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
             self.set(state=ended)
-            self.left = None
-            self.live.refresh()
+            self.bars, self.left = Text(""), None  # which are of what is still to come
         self.live.stop()
 
     def set(self, **changes: Any) -> None:
@@ -3367,7 +3366,7 @@ def stages_picture(kept: list[Kept], troubles: list[str], width: int, room: int 
     here = max((i for i, each in enumerate(kept) if each.state == "running"), default=len(kept) - 1)
     lines = laid_out(kept, here, troubles, width - 4, room - 12)
     plots = stage_picture(kept[here], width - 4, min(20, room - len(lines) - 4)) if kept else []
-    left = sum(seconds_left(each.stage, each.history) for each in kept)
+    left = sum(seconds_left(each.stage, each.history) for each in kept if each.state == "running")
     return framed([SegmentLines(lines, new_lines=True), *plots], kept, left)
 
 

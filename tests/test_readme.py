@@ -143,7 +143,7 @@ def test_the_table_of_published_networks(path: Path) -> None:
     assert row[1:4] == [f"{cost['params']:,}", f"{cost['flops']:,}", f"{path.stat().st_size:,}"]
     card = (path.parent / "README.md").read_text()
     assert f"| parameters | {cost['params']:,} |" in card
-    assert f"| {path.name} | {row[4]} % of 10,000 test images of epoch " in card and ", the last |" in card
+    assert f"of {path.name} | {row[4]} % of 10,000 test images of epoch " in card and ", the last |" in card
     if (ROOT / "data" / "cifar-10-batches-py" / "test_batch").exists():
         (result,) = json.loads(invoke("evaluate", path, "--data", ROOT / "data", "--json").stdout)
         assert result["top1"] == pytest.approx(float(row[4]), abs=0.02) and result["images"] == 10_000
