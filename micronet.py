@@ -3087,24 +3087,29 @@ SIGNS = {  # of a stage's state
     "failed": ("✗", "bold red3"),
     "stopped": ("■", "dark_orange3"),
 }
-TESTED, TRAINED, TAUGHT = "bold deep_sky_blue3", "dim", "magenta3"  # of what a curve shows
+FAINT = "dim"
+TESTED, TRAINED, TAUGHT = "bold deep_sky_blue3", FAINT, "magenta3"  # of what a curve shows
 
 
-class Sheet(Live):
-    """A part of the screen that is drawn anew on demand, four times a second at most and in 0.5 % of the time."""
+class PacedLive(Live):
+    """A part of the screen that is redrawn when it is due: four times a second at most, and in 0.5 % of the time."""
 
     def __init__(self, console: Console, picture: Callable[[], RenderableType]) -> None:
         options = {"auto_refresh": False, "redirect_stderr": False, "vertical_overflow": "crop"}
-        super().__init__(console=console, get_renderable=picture, **options)
         self.due, self.size = 0.0, console.size
+        super().__init__(console=console, get_renderable=picture, **options)
 
-    def redraw(self) -> None:
-        start = time.thread_time()
+    def refresh(self) -> None:
         if self.size != self.console.size:  # the terminal has broken the lines of the old picture
             self.console.clear()
             self.size = self.console.size
+        super().refresh()
+
+    def redraw(self, since: float) -> None:
+        """Redraw, with all that has been done for it `since`."""
         self.refresh()
-        self.due = time.monotonic() + max(0.25, 200 * (time.thread_time() - start))
+        now = time.monotonic()
+        self.due = now + max(0.25, 200 * (now - since))
 
 
 class Dashboard(Plain):
@@ -3117,7 +3122,7 @@ class Dashboard(Plain):
         self.left: float | None = None  # seconds until all stages are done, at the pace of this one
 
     def __enter__(self) -> Dashboard:
-        self.live = Sheet(self.console, self.picture)
+        self.live = PacedLive(self.console, self.picture)
         self.live.start()
         return self
 
@@ -3152,7 +3157,7 @@ class Dashboard(Plain):
                 self.stepped = now
                 if now >= self.live.due:
                     self.bars = self.progress(event, now)
-                    self.live.redraw()
+                    self.live.redraw(since=now)
             case EpochDone():
                 self.between, self.stepped = self.between + now - self.stepped, now
                 history, best, last = (*self.kept[self.stage.name].history, event.record), event.best, event.record
@@ -3211,25 +3216,33 @@ class Dashboard(Plain):
         """Return what stands on the screen, no taller than that."""
         if self.bars is None:
             return Text("")
-        kept, width = list(self.kept.values()), self.console.width - 4
+        kept, width = list(self.kept.values()), self.console.width - 5
         room = self.console.height - 6  # two lines are the frame's, three the bars', one stays free
         here = list(self.kept).index(self.stage.name)
         lines = laid_out(kept, here, self.said, width, room - 8)  # a curve's
         plot = curve(self.stage, kept[here].history, self.training, self.teacher, width, min(room - len(lines), 20))
-        return framed([SegmentLines(lines, new_lines=True), self.bars, *plot], kept, self.left)
+        return framed([SegmentLines(lines, new_lines=True), self.bars, *plot], kept, self.left, width)
 
 
 def choose_view(console: Console, kept: Collection[Kept], stays: bool = True) -> Plain:
     """Return the dashboard where somebody can watch it, a line an epoch everywhere else."""
-    watched = console.is_interactive and not console.quiet and console.file.isatty()  # FORCE_COLOR makes no terminal
-    return Dashboard(console, kept, stays) if watched else Plain(console)
+    return Dashboard(console, kept, stays) if is_watched(console) else Plain(console)
 
 
-def framed(parts: list[RenderableType], kept: list[Kept], left: float | None) -> Panel:
-    """Put a frame around a picture of stages that says how many are done, and how many seconds are left."""
+def is_watched(console: Console) -> bool:
+    """Tell whether somebody can see what is redrawn."""
+    return console.is_interactive and not console.quiet and console.file.isatty()  # FORCE_COLOR makes no terminal
+
+
+def framed(parts: list[RenderableType], kept: list[Kept], left: float | None, width: int) -> Panel:
+    """Put a frame around a picture of stages that says how many are done, and how many seconds are left.
+
+    It leaves the terminal's last column to the ^C that is echoed there, which would scroll by a line.
+    """
     title = f"micronet: {sum(each.state == 'done' for each in kept)} of {count(len(kept), 'stage')} done"
-    title += f", {duration(left)} left" if left else ""
-    return Panel(Group(*parts), title=Text(title, "not dim bold"), title_align="left", border_style="dim")
+    timed = f"{title}, {duration(left or 0)} left"
+    heading = Text(timed if left and len(timed) < width else title, "not dim bold")
+    return Panel(Group(*parts), title=heading, title_align="left", border_style="dim", width=width + 4)
 
 
 def spark(values: list[float]) -> str:
@@ -3243,7 +3256,7 @@ def trail(history: Collection[Record]) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return three to `most` + 1 evenly spaced round numbers, the first at `low` or below, the last at `high` or above."""
+    """Return three to `most` + 1 evenly spaced round numbers, from `low` or below to `high` or above."""
     steps = (digit * 10.0**power for power in range(-1, 6) for digit in (1, 2, 5))
     step = next(s for s in steps if math.ceil(high / s) - math.floor(low / s) <= most)
     first, last = math.floor(low / step), math.ceil(high / step)
@@ -3258,7 +3271,7 @@ class Canvas:
     DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of U+2800, by column and row
 
     def __init__(self, columns: int, rows: int) -> None:
-        self.cells = [[(0, TRAINED)] * columns for _ in range(rows)]
+        self.cells = [[(0, FAINT)] * columns for _ in range(rows)]
 
     def dot(self, x: int, y: int, style: str) -> None:
         bits, _ = self.cells[y // 4][x // 2]
@@ -3275,7 +3288,7 @@ class Canvas:
         """Return a line with what stands before it."""
         runs = itertools.groupby(self.cells[y], key=operator.itemgetter(1))
         drawn = (("".join(chr(0x2800 + bits) for bits, _ in run), style) for style, run in runs)
-        return Text.assemble((head, TRAINED), *drawn, no_wrap=True)
+        return Text.assemble((head, FAINT), *drawn, no_wrap=True)
 
 
 def curve(
@@ -3311,7 +3324,7 @@ def curve(
     canvas = Canvas(columns, rows)
     drops = [] if isinstance(stage.lr, Schedule) else [last for last, _ in stage.lr if last < end]
     for epoch, y in itertools.product(drops, range(0, 4 * rows, 2)):
-        canvas.dot(across(epoch), y, TRAINED)
+        canvas.dot(across(epoch), y, FAINT)
     for x in range(0, 2 * columns, 4) if level is not None else ():
         canvas.join([(x, down(level)), (x + 1, down(level))], TAUGHT)
     columnwise = itertools.groupby(training, key=lambda point: across(point[0]) // 2)
@@ -3329,7 +3342,7 @@ def curve(
         label, x = f"{mark:g}", across(mark) // 2
         place = min(7 + x - len(label) // 2, len(below) - len(label))
         axis[x], below[place : place + len(label)] = "┴", label
-    lines += [Text(line, TRAINED, no_wrap=True) for line in (f"{'':6}└{''.join(axis)}", "".join(below))]
+    lines += [Text(line, FAINT, no_wrap=True) for line in (f"{'':6}└{''.join(axis)}", "".join(below))]
     return [*lines, legend(stage.tested_on, level, bool(drops), width)]
 
 
@@ -3340,7 +3353,7 @@ def legend(on: Part, level: float | None, drops: bool, width: int) -> Text:
         ("⠒⠒", TESTED, f" {on} top-1, %", True),
         ("⠂⠂", TRAINED, " training", True),
         ("⠒ ⠒", TAUGHT, f" teacher {level or 0:.2f}", level is not None),
-        ("⠅", TRAINED, " the rate drops", drops),
+        ("⠅", FAINT, " the rate drops", drops),
     ):
         if is_there and len(line) + len(sample + words) <= width:
             line.append(sample, style).append(words + "  ")
@@ -3364,10 +3377,11 @@ def stages_picture(kept: list[Kept], troubles: list[str], width: int, room: int 
         plots = [line for each in kept for line in (*stage_picture(each, width, 12), Text(""))]
         return Group(*plots, kept_table(kept, width), *said)
     here = max((i for i, each in enumerate(kept) if each.state == "running"), default=len(kept) - 1)
-    lines = laid_out(kept, here, troubles, width - 4, room - 12)
-    plots = stage_picture(kept[here], width - 4, min(20, room - len(lines) - 4)) if kept else []
+    width -= 5
+    lines = laid_out(kept, here, troubles, width, room - 12)
+    plots = stage_picture(kept[here], width, min(20, room - len(lines) - 4)) if kept else []
     left = sum(seconds_left(each.stage, each.history) for each in kept if each.state == "running")
-    return framed([SegmentLines(lines, new_lines=True), *plots], kept, left)
+    return framed([SegmentLines(lines, new_lines=True), *plots], kept, left, width)
 
 
 def laid_out(kept: list[Kept], here: int, said: list[str], width: int, room: int) -> list[list[Segment]]:
@@ -3380,11 +3394,19 @@ def laid_out(kept: list[Kept], here: int, said: list[str], width: int, room: int
 
 
 def kept_table(kept: list[Kept], width: int, rows: slice = slice(None)) -> RenderableType:
-    """Show how far stages have come in so many characters."""
+    """Show how far stages have come in so many characters, a line each: long names are cut."""
     if not kept:
         return Text("no stage has finished an epoch here, or none can be read")
-    table = stages_table(kept, PROGRESS if width >= 72 else NARROW, rows=rows)
-    table.show_edge = False
+    paper = Screen(file=io.StringIO(), width=1000)
+    for columns in (PROGRESS, NARROW):
+        table = stages_table(kept, columns, rows=rows)
+        table.show_edge = False
+        if (excess := paper.measure(table).maximum - width) <= 0:
+            return table
+    names = table.columns[:2]
+    room = sum(max(map(len, (column.header, *column.cells))) for column in names) - excess
+    for column in names:
+        column.no_wrap, column.overflow, column.max_width = True, "ellipsis", max(3, room // 2)
     return table
 
 
@@ -3406,7 +3428,7 @@ def failure_lines(ckpt: Path, kept: list[Kept], damaged: list[str]) -> list[str]
 
 def follow_stages(ckpt: Path, console: Console) -> None:
     """Redraw what is kept until a signal, which is how it is meant to end."""
-    if not console.is_interactive:
+    if not is_watched(console):
         raise Misconfigured("--follow: standard output is no terminal: expected one, or show without --follow")
 
     def picture() -> RenderableType:
@@ -3414,10 +3436,10 @@ def follow_stages(ckpt: Path, console: Console) -> None:
         troubles = damaged + failure_lines(ckpt, kept, damaged)
         return stages_picture(kept, troubles, console.width, console.height)
 
-    with StopRequest() as stop, Sheet(console, picture) as sheet:
+    with StopRequest() as stop, PacedLive(console, picture) as live:
         while not stop.made():
-            if time.monotonic() >= sheet.due:
-                sheet.redraw()
+            if (now := time.monotonic()) >= live.due:
+                live.redraw(since=now)
             time.sleep(0.05)
 
 
@@ -3510,18 +3532,16 @@ def printable(text: str) -> str:
 
 def introduction(event: Started) -> list[str]:
     """Say what a stage trains and what it runs on."""
-    stage, facts, taught = event.stage, event.facts, "none: the true labels"
+    stage, taught = event.stage, "none: the true labels"
     if teacher := event.teacher:
         top1, epoch = percent(teacher.tested.top1), teacher.tested.epoch
         taught = f"{teacher.name}, {top1} top-1, epoch {epoch} of stage {teacher.stage}"
-    launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
-    compiled = f"compiled by {facts.compile}" if facts.compile else "not compiled"
     lines = [
         f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, {worth(event)}, "
         f"{count(stage.epochs, 'epoch')} of {count(stage.steps_per_epoch, 'step')} of {stage.batch_size} images, "
         f"seed {stage.seed}",
         f"teacher: {taught}",
-        f"runs on: {facts.device}, {count(facts.processes, 'process')}, {facts.precision}, {compiled}{launched}",
+        f"runs on: {runs_on(event.facts)}",
     ]
     lines[1:1] = [f"images: {stage.folder}"] if stage.folder else []
     done = len(event.history)
@@ -3530,9 +3550,13 @@ def introduction(event: Started) -> list[str]:
 
 def in_brief(event: Started) -> str:
     """Say in a line what a stage trains and what it runs on, but for what its table, bars and curve say."""
-    facts = event.facts
-    ran = f"{facts.device}, {count(facts.processes, 'process')}, {facts.precision}, {facts.compile or 'not compiled'}"
-    return f"{event.cost.params:,} parameters, {worth(event)}; {ran}"
+    return f"{event.cost.params:,} parameters, {worth(event)}, seed {event.stage.seed}; {runs_on(event.facts)}"
+
+
+def runs_on(facts: Facts) -> str:
+    launched = "" if is_launched() else "; started without accelerate launch: no config file is read"
+    compiled = f"compiled by {facts.compile}" if facts.compile else "not compiled"
+    return f"{facts.device}, {count(facts.processes, 'process')}, {facts.precision}, {compiled}{launched}"
 
 
 def worth(event: Started) -> str:
@@ -3607,7 +3631,7 @@ class Pages(Table):
         # rich takes a column that does not wrap to need no more than its longest word
         least = [1 + (width.maximum if whole else width.minimum) for whole, width in widths]
         n = len(rest)
-        while n > 1 and sum(least[: len(names) + n]) >= options.max_width:
+        while n > 1 and sum(least[: len(names) + n]) + (1 if self.show_edge else -1) > options.max_width:
             n -= 1
         page.columns, page.caption = names + rest[:n], None if rest[n:] else self.caption
         yield from Table.__rich_console__(page, console, options)
@@ -3637,7 +3661,7 @@ CELLS: dict[
     "stage": lambda kept, _: kept.stage.name,
     "network": lambda kept, _: short(kept.stage.network),
     "teacher": lambda kept, _: kept.stage.teacher or "-",
-    "taught by": lambda kept, others: taught_by(kept.stage, others),
+    "taught by": lambda kept, others: taught_by(kept, others),
     "state": lambda kept, _: Text(f"{SIGNS[kept.state][0]} {kept.state}", SIGNS[kept.state][1]),
     "to do": lambda kept, _: "nothing" if kept.is_finished else "go on" if kept.history else "train",
     "epoch": lambda kept, _: f"{len(kept.history)}/{kept.stage.epochs}",
@@ -3651,7 +3675,7 @@ CELLS: dict[
     "time": lambda kept, _: duration(kept.seconds) if kept.history else "-",
 }
 PROGRESS = ("stage, network, taught by, state", "epoch, best, last, time")
-NARROW = ("stage, taught by, state", "epoch, best, last")  # where there are less than 72 columns
+NARROW = ("stage, teacher, state", "epoch, best, last")  # where there is no room for those
 PLAN = ("stage, network, teacher, to do", "epoch")
 # of stages that are finished
 RESULTS = (
@@ -3693,10 +3717,13 @@ def gain(kept: Kept) -> Text:
     return Text(f"{better:+.2f}", SIGNS["done" if better > 0 else "stopped"][1])
 
 
-def taught_by(stage: Stage, others: dict[str, Kept]) -> str:
-    """Name a stage's teacher with its best accuracy, where that is known."""
-    teacher = others.get(stage.teacher)
-    return f"{stage.teacher} {best_figure(teacher, 'top1')}" if teacher and teacher.history else stage.teacher or "-"
+def taught_by(kept: Kept, others: dict[str, Kept]) -> str:
+    """Name a stage's teacher with the accuracy that it taught with, or that it would, where that is known."""
+    name = kept.stage.teacher or "-"
+    if kept.metadata and (taught := kept.metadata.teacher):
+        return name if taught.tested.top1 is None else f"{name} {taught.tested.top1:.2f}"
+    teacher = others.get(name)
+    return f"{name} {best_figure(teacher, 'top1')}" if teacher and teacher.history else name
 
 
 RULES_SHOWN = {

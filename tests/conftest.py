@@ -3,6 +3,9 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TERM"] = "xterm-256color"
+for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):  # what rich heeds
+    os.environ.pop(name, None)
 
 import importlib.util
 import io

@@ -84,10 +84,10 @@ TABLES = {  # by the beginning of its title
         a-long-name | exx     | b0 81.25          | ■ stopped | 2/70  | 44.00 | 42.00 | 43.0 s
         later       | b3      | a-long-name 44.00 | · waiting | 0/3   | -     | -     | -"""),
     "Few columns": (micronet.stages_table(KEPT, micronet.NARROW, "Few columns"), """
-        stage       | taught by         | state     | epoch | best  | last
-        b0          | -                 | ✓ done    | 3/3   | 81.25 | 80.50
-        a-long-name | b0 81.25          | ■ stopped | 2/70  | 44.00 | 42.00
-        later       | a-long-name 44.00 | · waiting | 0/3   | -     | -"""),
+        stage       | teacher     | state     | epoch | best  | last
+        b0          | -           | ✓ done    | 3/3   | 81.25 | 80.50
+        a-long-name | b0          | ■ stopped | 2/70  | 44.00 | 42.00
+        later       | a-long-name | · waiting | 0/3   | -     | -"""),
     "One alone": (micronet.stages_table(KEPT, micronet.PROGRESS, "One alone", slice(1, 2)), """
         stage       | network | taught by         | state   | epoch | best  | last  | time
         a-long-name | exx     | b0 81.25          | ■ stopped | 2/70  | 44.00 | 42.00 | 43.0 s"""),
@@ -161,6 +161,18 @@ def test_a_figure_of_several_words_stays_in_one_piece() -> None:
     lines = drawn(table, 80)
     labels, caption = (sum(words in line for line in lines) for words in ("precision, compiled", "one after the other"))
     assert "\n".join(lines).count("NVIDIA GeForce RTX 4090") == 7 and labels > 1 == caption
+
+
+def test_a_stage_is_shown_with_the_accuracy_that_it_was_taught_with() -> None:
+    """Its teacher may have been trained anew since."""
+    anew = kept(B0, [10.0], 1, COST, None, "stopped")
+    _, _, *rows = cells(micronet.stages_table([anew, *KEPT[1:], Kept(replace(EXX, name="next"))], micronet.PROGRESS))
+    assert [row[2] for row in rows] == ["b0 81.25", "a-long-name 44.00", "b0 10.00"]
+    unknown = replace(KEPT[1].metadata, teacher=TEACHER._replace(tested=micronet.Tested(70, None, None)))
+    _, row = cells(micronet.stages_table([replace(KEPT[1], metadata=unknown)], micronet.PROGRESS))
+    assert row[2] == "b0"
+    (_, _, row) = cells(micronet.stages_table([replace(KEPT[1], metadata=unknown)], micronet.RESULTS))
+    assert row[4] == "-"
 
 
 def test_the_board() -> None:
