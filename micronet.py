@@ -95,7 +95,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment, SegmentLines
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if __name__ == "__main__" and not TYPE_CHECKING:
@@ -3160,9 +3160,8 @@ class Dashboard(Plain):
                     self.live.redraw(since=now)
             case EpochDone():
                 self.between, self.stepped = self.between + now - self.stepped, now
-                history, best, last = (*self.kept[self.stage.name].history, event.record), event.best, event.record
-                about = Metadata(self.stage, (), last.epoch, tested_at(best), tested_at(last), history)
-                self.set(metadata=about)
+                last, history = event.record, (*self.kept[self.stage.name].history, event.record)
+                self.set(metadata=Metadata(self.stage, (), last.epoch, tested_at(event.best), tested_at(last), history))
                 if not self.training or self.training[-1][0] < last.epoch - 1:  # faster than the screen
                     self.training += trail([last])
                 if last.epoch == self.stage.epochs:
@@ -3185,17 +3184,12 @@ class Dashboard(Plain):
         later = sum(other.images_left for name, other in self.kept.items() if name != stage.name)
         self.left = (left + later) / rate
         width = max(6, min(26, self.console.width - 52))
-        bars = Table.grid(padding=(0, 1))
-        for _ in range(4):
-            bars.add_column(no_wrap=True)
-        step, epoch = (
-            ProgressBar(of, n, width=width) for n, of in ((event.step, steps), (event.epoch - 1, stage.epochs))
-        )
+        bars = Table.grid(*(Column(no_wrap=True) for _ in range(4)), padding=(0, 1))
+        bar = functools.partial(ProgressBar, width=width)
         trained = f"loss {loss / event.images:.3f}, top-1 {percent(100 * hits / event.images)}"
-        bars.add_row("step", step, f"{event.step:,}/{steps:,}", trained)
-        bars.add_row(
-            "epoch", epoch, f"{event.epoch:,}/{stage.epochs:,}", f"lr {event.lr:.3g}, {duration(left / rate)} left"
-        )
+        bars.add_row("step", bar(steps, event.step), f"{event.step:,}/{steps:,}", trained)
+        rest = f"lr {event.lr:.3g}, {duration(left / rate)} left"
+        bars.add_row("epoch", bar(stage.epochs, event.epoch - 1), f"{event.epoch:,}/{stage.epochs:,}", rest)
         share, memory = 100 * self.between / (now - self.begun), peak_memory_mb(event.totals.device)
         rates = Text(spark(list(self.rates)[-width:]), "deep_sky_blue3")
         speed = f"{self.rates[-1] if self.rates else rate:,.0f} images/s"
@@ -3335,15 +3329,21 @@ def curve(
     for (x, y), i, j in itertools.product(places if columns >= 4 * end else (), (0, 1), (0, 1)):
         canvas.dot(x ^ i, y ^ j, TESTED)  # where there is room, an epoch is a point of four dots
 
-    labels = {down(mark) // 4: f"{mark:g}" for mark in marks}
-    lines = [canvas.line(y, f"{labels.get(y, ''):>5} {'┤' if y in labels else '│'}") for y in range(rows)]
-    axis, below = ["─"] * columns, list("epoch".ljust(columns + 8))
-    for mark in (mark for mark in ticks(0, end, max(3, columns // 12)) if mark <= end):
-        label, x = f"{mark:g}", across(mark) // 2
-        place = min(7 + x - len(label) // 2, len(below) - len(label))
-        axis[x], below[place : place + len(label)] = "┴", label
-    lines += [Text(line, FAINT, no_wrap=True) for line in (f"{'':6}└{''.join(axis)}", "".join(below))]
-    return [*lines, legend(stage.tested_on, level, bool(drops), width)]
+    beside = {down(mark) // 4: f"{mark:g}" for mark in marks}
+    below = {across(mark) // 2: f"{mark:g}" for mark in ticks(0, end, max(3, columns // 12)) if mark <= end}
+    return [*framed_by_axes(canvas, beside, below), legend(stage.tested_on, level, bool(drops), width)]
+
+
+def framed_by_axes(canvas: Canvas, beside: dict[int, str], below: dict[int, str]) -> list[Text]:
+    """Return a canvas with an axis beside and one below it, whose labels are given by row and by column."""
+    rows, columns = len(canvas.cells), len(canvas.cells[0])
+    lines = [canvas.line(y, f"{beside.get(y, ''):>5} {'┤' if y in beside else '│'}") for y in range(rows)]
+    axis = "".join("┴" if x in below else "─" for x in range(columns))
+    labels = list("epoch".ljust(columns + 8))
+    for x, label in below.items():
+        place = min(7 + x - len(label) // 2, len(labels) - len(label))
+        labels[place : place + len(label)] = label
+    return lines + [Text(line, FAINT, no_wrap=True) for line in (f"{'':6}└{axis}", "".join(labels))]
 
 
 def legend(on: Part, level: float | None, drops: bool, width: int) -> Text:
@@ -3466,7 +3466,7 @@ class Screen(Console):
 
 
 def in_ascii(bits: int) -> str:
-    """Return what stands for a braille character, for a level pair of dots or those on the left alone."""
+    """Return - for a level pair of dots, * where the right column has any, . for dots on the left alone."""
     return "-" if bits in (0x09, 0x12, 0x24, 0xC0) else "*" if bits & 0xB8 else "." if bits else " "
 
 
