@@ -3375,7 +3375,7 @@ def stages_picture(kept: list[Kept], troubles: list[str], width: int, room: int 
     if room is None:
         said = [Text(printable(line)) for line in troubles]
         plots = [line for each in kept for line in (*stage_picture(each, width, 12), Text(""))]
-        return Group(*plots, kept_table(kept, width), *said)
+        return Group(*plots, kept_table(kept), *said)
     here = max((i for i, each in enumerate(kept) if each.state == "running"), default=len(kept) - 1)
     width -= 5
     lines = laid_out(kept, here, troubles, width, room - 12)
@@ -3393,15 +3393,15 @@ def laid_out(kept: list[Kept], here: int, said: list[str], width: int, room: int
     return Screen(file=io.StringIO(), width=width).render_lines(parts, pad=False)[: max(heads + most, room)]
 
 
-def kept_table(kept: list[Kept], width: int, rows: slice = slice(None)) -> RenderableType:
-    """Show how far stages have come in so many characters, a line each: long names are cut."""
+def kept_table(kept: list[Kept], width: int | None = None, rows: slice = slice(None)) -> RenderableType:
+    """Show how far stages have come; in a `width`, if that is given, a line each, whose long names are cut."""
     if not kept:
         return Text("no stage has finished an epoch here, or none can be read")
     paper = Screen(file=io.StringIO(), width=1000)
     for columns in (PROGRESS, NARROW):
         table = stages_table(kept, columns, rows=rows)
         table.show_edge = False
-        if (excess := paper.measure(table).maximum - width) <= 0:
+        if width is None or (excess := paper.measure(table).maximum - width) <= 0:
             return table
     names = table.columns[:2]
     room = sum(max(map(len, (column.header, *column.cells))) for column in names) - excess
