@@ -101,11 +101,13 @@ from rich.text import Text
 if __name__ == "__main__" and not TYPE_CHECKING:
     # The program's own copy of this file only parses, checks and prints, which must not wait seconds for torch:
     # its Networks room stays a shell, and commands that compute run in the module `micronet` (see `command`).
-    nn = SimpleNamespace(Module=object, Sequential=object)
+    nn = SimpleNamespace(Module=object, Sequential=object, Conv2d=object, AdaptiveAvgPool2d=object)
+    Function = object
 else:
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
+    from torch.autograd import Function
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -1011,13 +1013,71 @@ def scaled_channels(channels: int, width: float) -> int:
     return scaled if scaled >= 0.9 * channels * width else scaled + 8
 
 
-def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """Return a "same" convolution without bias; a stride pads as TensorFlow does, the smaller half first."""
-    if stride == 1:
-        return [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)]
-    first, last = (kernel - stride) // 2, (kernel - stride + 1) // 2
-    padding = nn.ZeroPad2d((first, last, first, last))
-    return [padding, nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)]
+class Conv2dSame(nn.Conv2d):
+    """A "same" convolution without bias; a stride of 2 pads as TensorFlow does, the smaller half first."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to (N, C', H / stride, W / stride)
+        stride, sides = self.stride[0], same_padding(self.kernel_size[0], self.stride[0])
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            x = F.pad(x, sides * 2) if stride > 1 else x
+            return F.conv2d(x, self.weight, self.bias, stride, 0 if stride > 1 else sides[0], groups=self.groups)
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.is_autocast_enabled("cpu")
+        if trained and self.kernel_size[1] == 5 and self.groups == self.out_channels and self.bias is None:
+            return WideDepthwise.apply(x, self.weight, stride)
+        return F.conv2d(x, centred(self.weight, stride), self.bias, stride, self.padding, groups=self.groups)
+
+
+def same_padding(kernel: int, stride: int) -> tuple[int, int]:  # before the first and after the last value
+    return (kernel - stride) // 2, (kernel - stride + 1) // 2
+
+
+def centred(weight: Tensor, stride: int) -> Tensor:
+    """Begin a kernel with zeros such that its padding is the same on all sides: no padded copy of the maps is needed."""
+    return F.pad(weight, (1, 0, 1, 0)) if stride > 1 else weight
+
+
+class WideDepthwise(Function):
+    """A depthwise "same" convolution with 5 x 5 weights, on a CPU.
+
+    oneDNN is slow at the gradient of such weights and fast at that of 5 x 3: this one is put together of two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, centred(weight, stride), None, stride, 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        stride = ctx.stride
+        first, last = same_padding(5, stride)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+
+        def gradients(x: Tensor, weight: Tensor, padding: int, mask: list[bool]) -> tuple[Tensor, ...]:
+            how = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight)  # not dilated, not transposed
+            return torch.ops.aten.convolution_backward(grad, x, weight, None, *how, mask)
+
+        def columns(start: int) -> Tensor:  # the gradient of three columns of the weight
+            part = F.pad(x, (first - start, last - 2 + start, first, last))
+            return gradients(part, weight[..., start : start + 3], 0, [False, True, False])[1]
+
+        own = torch.cat([columns(0), columns(2)[..., 1:]], 3)
+        return gradients(x, centred(weight, stride), 2, [True, False, False])[0], own, None
+
+
+class GlobalAverage(nn.AdaptiveAvgPool2d):
+    """The mean of each channel, whose gradient stays one value a channel until it meets another: a pass less."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to (N, C, 1, 1)
+        return x.sum((2, 3), keepdim=True) / x.shape[2:].numel() if self.training else super().forward(x)
 
 
 def batch_norm(channels: int) -> nn.Module:
@@ -1029,7 +1089,7 @@ class SqueezeExcitation(nn.Sequential):
 
     def __init__(self, channels: int, squeezed: int) -> None:
         squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
-        super().__init__(nn.AdaptiveAvgPool2d(1), squeeze, nn.SiLU(), excite, nn.Sigmoid())
+        super().__init__(GlobalAverage(), squeeze, nn.SiLU(), excite, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to the same
         return x * super().forward(x)
@@ -1046,8 +1106,8 @@ class MBConv(nn.Module):
         hidden = inputs * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
-            layers += [*convolution(inputs, hidden, 1), batch_norm(hidden), nn.SiLU()]
-        layers += [*convolution(hidden, hidden, kernel, stride, groups=hidden), batch_norm(hidden), nn.SiLU()]
+            layers += [Conv2dSame(inputs, hidden, 1), batch_norm(hidden), nn.SiLU()]
+        layers += [Conv2dSame(hidden, hidden, kernel, stride, hidden), batch_norm(hidden), nn.SiLU()]
         layers += [SqueezeExcitation(hidden, max(1, inputs // 4))]
         # differs from [4]: the projection has a bias [1]. Batch norm cancels it, but it is stored and counted.
         layers += [nn.Conv2d(hidden, outputs, 1), batch_norm(outputs)]
@@ -1086,14 +1146,14 @@ class EfficientNet(nn.Sequential):
         width, depth, side = stage.width or own_width, stage.depth or own_depth, stage.side
         self.side, stride = side, 1 + (side > SIDE)
         channels, head, last = scaled_channels(STEM, width), scaled_channels(HEAD, width), side // stride
-        self.stem = nn.Sequential(*convolution(3, channels, 3, stride), batch_norm(channels), nn.SiLU())
+        self.stem = nn.Sequential(Conv2dSame(3, channels, 3, stride), batch_norm(channels), nn.SiLU())
         self.blocks = nn.Sequential()
         for expansion, base, repeats, above, kernel in BLOCKS:
             outputs, stride = scaled_channels(base, width), 1 + (side > above)
             for repeat in range(math.ceil(repeats * depth)):
                 self.blocks.append(MBConv(channels, outputs, expansion, kernel, stride, stochastic_depth))
                 channels, last, stride = outputs, last // stride, 1
-        self.head = nn.Sequential(*convolution(channels, head, 1), batch_norm(head), nn.SiLU())
+        self.head = nn.Sequential(Conv2dSame(channels, head, 1), batch_norm(head), nn.SiLU())
         self.pool, self.flatten = nn.AvgPool2d(last), nn.Flatten()
         self.embedding, self.cosine = nn.Linear(head, EMBEDDING), Cosine(EMBEDDING, stage.classes)
         self.apply(initialize)
@@ -1277,12 +1337,12 @@ def operations(network: nn.Module) -> list[Operation]:
 def is_folded(network: nn.Module, node: Any) -> bool:
     """Tell whether a node of a graph is a convolution whose only reader is a batch norm, or such a batch norm."""
 
-    def kind(node: Any) -> type:
-        return type(network.get_submodule(node.target)) if node.op == "call_module" else object
+    def is_a(node: Any, kind: type) -> bool:
+        return node.op == "call_module" and isinstance(network.get_submodule(node.target), kind)
 
-    norm = node if kind(node) is nn.BatchNorm2d else next(iter(node.users))
+    norm = node if is_a(node, nn.BatchNorm2d) else next(iter(node.users))
     convolution = norm.args[0]
-    return (kind(norm), kind(convolution), len(convolution.users)) == (nn.BatchNorm2d, nn.Conv2d, 1)
+    return is_a(norm, nn.BatchNorm2d) and is_a(convolution, nn.Conv2d) and len(convolution.users) == 1
 
 
 def count_by_seed(operation: Operation) -> Cost:
@@ -1350,7 +1410,7 @@ def count_alike(operation: Operation) -> Cost:
             return Cost(0, 0, 3 * n, n)
         case nn.Sigmoid():
             return Cost(0, 0, 2 * n, n)
-    if name == "StochasticDepth" or isinstance(what, nn.ZeroPad2d | nn.Flatten | nn.Identity | nn.Dropout):
+    if name == "StochasticDepth" or isinstance(what, nn.Flatten | nn.Identity | nn.Dropout):
         return Cost(0, 0, 0, 0)
     raise TypeError(f"no rule to count {name}")
 
@@ -1385,7 +1445,7 @@ def total_cost(costs: Collection[Cost]) -> Cost:
 # ------------------------------------------------------------------------------------------------------------- Files
 # A checkpoint in and out: safetensors whose one metadata key is sorted JSON, an object with the fields of `Metadata`.
 
-FORMAT = 4
+FORMAT = 5
 MOMENTUM = "momentum."  # before a parameter's name: its momentum
 HEADER = re.compile(rb'(?<=\\"header\\": \\")[0-9a-f]{64}(?=\\")')  # in the bytes of a file's header: its own digest
 

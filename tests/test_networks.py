@@ -9,7 +9,7 @@ from conftest import build_network
 from torch import nn
 from torchvision.models import efficientnet_b0
 
-from micronet import Cosine, MBConv, convolution, initialize, scaled_channels
+from micronet import Conv2dSame, Cosine, GlobalAverage, MBConv, initialize, scaled_channels
 
 
 def test_b0_is_torchvisions_but_for_strides_projection_bias_and_head() -> None:
@@ -35,16 +35,46 @@ def test_channels_round_to_eight_and_at_most_ten_percent_down() -> None:
             assert scaled % 8 == 0 and scaled >= 0.9 * channels * width and scaled < channels * width + 8
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_strided_padding_is_tensorflows_same(kernel: int) -> None:
-    """TensorFlow: pad = (ceil(H / s) - 1) s + k - H in all, the smaller half first."""
-    layers = nn.Sequential(*convolution(4, 6, kernel, 2))
-    x = torch.randn(2, 4, 32, 32)
-    total = (16 - 1) * 2 + kernel - 32
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (5, 1), (3, 2), (5, 2)])
+def test_padding_is_tensorflows_same_and_gradients_are_autograds(kernel: int, stride: int, groups: int) -> None:
+    """TensorFlow: pad = (ceil(H / s) - 1) s + k - H in all, the smaller half first. Autograd's gradients in float64."""
+    layer = Conv2dSame(32, 32, kernel, stride, groups)
+    x = torch.randn(3, 32, 12, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    total = (12 // stride - 1) * stride + kernel - 12
     before, after = total // 2, total - total // 2
-    expected = F.conv2d(F.pad(x, (before, after, before, after)), layers[-1].weight, stride=2)
-    torch.testing.assert_close(layers(x), expected)
-    assert (before, after) == ((0, 1) if kernel == 3 else (1, 2))
+    assert stride == 1 or (before, after) == ((0, 1) if kernel == 3 else (1, 2))
+    exact, weight = x.detach().double().requires_grad_(), layer.weight.detach().double().requires_grad_()
+    expected = F.conv2d(F.pad(exact, (before, after) * 2), weight, stride=stride, groups=groups)
+    upon = torch.randn_like(expected)
+    outputs = layer(x)
+    outputs.backward(upon.float())
+    expected.backward(upon)
+    for ours, theirs in ((outputs, expected), (x.grad, exact.grad), (layer.weight.grad, weight.grad)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # as a teacher
+        torch.testing.assert_close(layer(x), outputs)
+
+
+def test_wide_depthwise_weights_have_their_own_gradient_on_a_cpu() -> None:
+    """Which is left to torch in bf16, and where a program is exported or compiled."""
+    layer, x = Conv2dSame(16, 16, 5, 1, 16), torch.randn(2, 16, 8, 8)
+    assert "WideDepthwise" in type(layer(x).grad_fn).__name__
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(x)
+    assert outputs.dtype == torch.bfloat16 and "Convolution" in type(outputs.grad_fn).__name__
+    outputs.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    exported = torch.export.export(Conv2dSame(16, 16, 5, 2, 16).eval(), (x,))
+    assert sum(n.target is torch.ops.aten.conv2d.default for n in exported.graph.nodes) == 1
+
+
+def test_global_average_is_the_mean_and_so_is_its_gradient() -> None:
+    x = torch.randn(2, 3, 4, 6, requires_grad=True)
+    for module in (GlobalAverage().train(), GlobalAverage().eval()):
+        torch.testing.assert_close(module(x), x.mean((2, 3), keepdim=True))
+        (gradient,) = torch.autograd.grad((module(x) * torch.arange(6.0).view(2, 3, 1, 1)).sum(), x)
+        torch.testing.assert_close(gradient, (torch.arange(6.0) / 24).view(2, 3, 1, 1).expand_as(x))
 
 
 def test_initial_values() -> None:
