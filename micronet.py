@@ -1021,7 +1021,7 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to (N, C', H / stride, W / stride)
         stride, sides = self.stride[0], same_padding(self.kernel_size[0], self.stride[0])
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
             x = F.pad(x, sides * 2) if stride > 1 else x
             return F.conv2d(x, self.weight, self.bias, stride, 0 if stride > 1 else sides[0], groups=self.groups)
         trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.is_autocast_enabled("cpu")

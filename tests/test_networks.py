@@ -57,7 +57,7 @@ def test_padding_is_tensorflows_same_and_gradients_are_autograds(kernel: int, st
 
 
 def test_wide_depthwise_weights_have_their_own_gradient_on_a_cpu() -> None:
-    """Which is left to torch in bf16, and where a program is exported or compiled."""
+    """Which is left to torch in bf16, and where a program is exported."""
     layer, x = Conv2dSame(16, 16, 5, 1, 16), torch.randn(2, 16, 8, 8)
     assert "WideDepthwise" in type(layer(x).grad_fn).__name__
     with torch.autocast("cpu", torch.bfloat16):
