@@ -33,6 +33,8 @@ References
 [7] Smith and Topin, Super-Convergence (one-cycle schedule), arXiv 1708.07120
 [8] Loshchilov and Hutter, SGDR (cosine schedule), arXiv 1608.03983
 [9] The MicroNet Challenge, NeurIPS 2019: score relative to WideResNet-28-10
+[10] Zhu and Gupta, To Prune, or Not to Prune, arXiv 1710.01878 (the cubic schedule)
+[11] Lee et al., Layer-Adaptive Sparsity for the Magnitude-Based Pruning, arXiv 2010.07611
 
 Dimensions in shape comments: N batch, C channels, H height, W width, K classes, D embedding.
 """
@@ -235,6 +237,9 @@ def key(accepts: Accepts, **default: Any) -> Any:
     return field(metadata={"accepts": accepts}, kw_only=True, **default)
 
 
+A_NETWORK = Accepts(lambda v: v if isinstance(v, str) and v else None, lambda: "a name or a path")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training run. Each field but `name` is a key of stages.toml; the defaults are the method's recipe [1]."""
@@ -251,10 +256,20 @@ class Stage:
     depth: float | None = key(number(lambda v: 0 < v <= 10, "above 0, at most 10"), default=None)
     """Multiplier of all block repeats [4]; None is the network's own."""
 
-    teacher: str | None = key(
-        Accepts(lambda v: v if isinstance(v, str) and v else None, lambda: "a name or a path"), default=None
-    )
+    teacher: str | None = key(A_NETWORK, default=None)
     """The stage whose best network labels the crops, or the path of a checkpoint; None trains on the true labels."""
+
+    start: str | None = key(A_NETWORK, default=None)
+    """The stage, or the path of a checkpoint, whose best network's weights come first; None draws them."""
+
+    sparsity: float = key(number(lambda v: 0 <= v < 1, "from 0 to below 1"), default=0.0)
+    """Share of the weights of convolutions and linear layers, but the first, that are zero in the end (see `prune`).
+
+    Above 0 the classifier is one linear layer from the beginning: folded afterwards it would not be sparse.
+    """
+
+    prune_epochs: int = key(whole(1), default=1)
+    """Over how many epochs that share rises: in epoch e it is sparsity x (1 - (1 - e / prune_epochs)^3) [10]."""
 
     dataset: str = key(
         Accepts(lambda v: parse_dataset(v), lambda: f"one of {', '.join(DATASETS)}, or {FOLDER}NAME"),
@@ -308,6 +323,16 @@ class Stage:
 
     seed: int = key(whole(0), default=0)
     """Seed of every random stream of the stage."""
+
+    @property
+    def multipliers(self) -> tuple[float, float]:  # of channels and of repeats
+        width, depth = NETWORKS[self.network]
+        return self.width or width, self.depth or depth
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The networks that must be there before it begins, by what they are to it."""
+        return {role: name for role in ("teacher", "start") if (name := getattr(self, role))}
 
     @property
     def data(self) -> Dataset:
@@ -368,7 +393,7 @@ def load_stages(path: Path, data: Path = Path("data"), over: dict[str, Any] | No
         where = f"{path}: stage {name}"
         stages[name] = stage_from(where, name, defaults | checked_table(where, table) | (over or {}), scan)
     for stage in stages.values():
-        check_teacher(path, stage, stages)
+        check_parents(path, stage, stages)
     return stages
 
 
@@ -438,6 +463,9 @@ def stage_from(where: str, name: str, values: dict[str, Any], scan: Callable[[st
     ):
         if (getattr(stage, name) or 0) > most:
             raise unacceptable(where, name, getattr(stage, name), f"at most {words}")
+    if stage.prune_epochs > (stage.epochs if stage.sparsity else 1):
+        words = f"at most epochs = {stage.epochs}, and a sparsity above 0"
+        raise unacceptable(where, "prune_epochs", stage.prune_epochs, words)
     if isinstance(stage.lr, Schedule):
         if stage.lr.warmup_epochs >= stage.epochs:
             raise unacceptable(where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}")
@@ -446,33 +474,43 @@ def stage_from(where: str, name: str, values: dict[str, Any], scan: Callable[[st
     return stage
 
 
-def check_teacher(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
-    """Raise Misconfigured unless the stage's teacher exists, is not its own pupil and speaks its language."""
-    if stage.teacher is None:
-        return
+def check_parents(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
+    """Raise Misconfigured unless the stage's parents exist, do not come after it and fit it."""
     where = f"{path}: stage {stage.name}"
-    lineage = [stage.name]
-    while (name := stages[lineage[-1]].teacher) in stages:
-        lineage.append(name)
-        if name in lineage[:-1]:
-            raise unacceptable(where, "teacher", stage.teacher, f"no cycle, but it goes {' -> '.join(lineage)}")
-    if is_path(stage.teacher):  # `find_teacher` looks at it when the stage is to train
-        return
-    if stage.teacher not in stages:
-        others = ", ".join(name for name in stages if name != stage.name) or "there is none"
-        raise unacceptable(where, "teacher", stage.teacher, f"another stage ({others}) or the path of a checkpoint")
-    teacher = stages[stage.teacher]
-    if different := differing(stage, teacher):
-        name, own, its = different
-        raise unacceptable(where, name, own, f"its teacher's, {shown(its)}")
+    for role, name in stage.parents.items():
+        if is_path(name):  # `find_parent` looks at it when the stage is to train
+            continue
+        if name not in stages:
+            others = ", ".join(other for other in stages if other != stage.name) or "there is none"
+            raise unacceptable(where, role, name, f"another stage ({others}) or the path of a checkpoint")
+        if cycle := way(stages, name, stage.name):
+            words = " -> ".join([stage.name, *cycle])
+            raise unacceptable(where, role, name, f"no cycle, but it goes {words}")
+        if different := differing(stage, stages[name], role):
+            key, own, its = different
+            raise unacceptable(where, key, own, f"that of its {role} {name}, {shown(its)}")
 
 
-def differing(stage: Stage, teacher: Stage) -> tuple[str, Any, Any] | None:
-    """Return what a stage and its teacher must not differ in but do: what is seen, or what the answer means."""
+def way(stages: dict[str, Stage], name: str, goal: str, passed: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the names from one stage to another, each a parent of the one before it; empty if there is no such way."""
+    passed = (*passed, name)
+    if name == goal:
+        return passed
+    parents = stages[name].parents.values() if name in stages else ()
+    return next(filter(None, (way(stages, each, goal, passed) for each in parents if each not in passed)), ())
+
+
+def differing(stage: Stage, parent: Stage, role: str) -> tuple[str, Any, Any] | None:
+    """Return what a stage and its parent must not differ in but do: what is seen, what the answer or a weight means."""
     keys = {"dataset": lambda s: s.folder or s.dataset, "side": lambda s: s.side, "scale": lambda s: s.scale}
-    if stage.folder and teacher.folder:
+    if stage.folder and parent.folder:
         keys["dataset"] = lambda s: s.folder.class_names
-    pairs = ((name, value(stage), value(teacher)) for name, value in keys.items())
+    if role == "start":
+        keys |= {"network": lambda s: s.network, "width": lambda s: s.multipliers[0]}
+        keys |= {"depth": lambda s: s.multipliers[1]}
+        if parent.sparsity:
+            keys["sparsity"] = lambda s: min(s.sparsity, parent.sparsity)  # a weight that is zero stays so
+    pairs = ((name, value(stage), value(parent)) for name, value in keys.items())
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
@@ -501,14 +539,21 @@ def find_stage(stages: dict[str, Stage], name: str) -> Stage:
     return stages[name]
 
 
-def with_teachers(stages: dict[str, Stage], names: Collection[str]) -> list[Stage]:
-    """Return the named stages and all the teachers they need, each after its teacher; raises Misconfigured."""
+def with_parents(stages: dict[str, Stage], names: Collection[str]) -> list[Stage]:
+    """Return the named stages and all that they need, each after its parents; raises Misconfigured."""
     order: dict[str, Stage] = {}
+    begun: set[str] = set()  # a folder may hold a cycle
+
+    def add(stage: Stage) -> None:
+        if stage.name not in begun:
+            begun.add(stage.name)
+            for parent in stage.parents.values():
+                if parent in stages:
+                    add(stages[parent])
+            order[stage.name] = stage
+
     for name in names:
-        lineage = [find_stage(stages, name)]
-        while (teacher := stages.get(lineage[-1].teacher)) and teacher not in lineage:  # a folder may hold a cycle
-            lineage.append(teacher)
-        order |= {stage.name: stage for stage in reversed(lineage)}  # a known one keeps its place
+        add(find_stage(stages, name))
     return list(order.values())
 
 
@@ -1077,7 +1122,7 @@ class GlobalAverage(nn.AdaptiveAvgPool2d):
         super().__init__(1)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to (N, C, 1, 1)
-        return x.sum((2, 3), keepdim=True) / x.shape[2:].numel() if self.training else super().forward(x)
+        return x.sum((2, 3), keepdim=True) / x.shape[2:].numel() if self.training else x.mean((2, 3), keepdim=True)
 
 
 def batch_norm(channels: int) -> nn.Module:
@@ -1142,8 +1187,7 @@ class EfficientNet(nn.Sequential):
 
     def __init__(self, stage: Stage, stochastic_depth: float) -> None:
         super().__init__()
-        own_width, own_depth = NETWORKS[stage.network]
-        width, depth, side = stage.width or own_width, stage.depth or own_depth, stage.side
+        (width, depth), side = stage.multipliers, stage.side
         self.side, stride = side, 1 + (side > SIDE)
         channels, head, last = scaled_channels(STEM, width), scaled_channels(HEAD, width), side // stride
         self.stem = nn.Sequential(Conv2dSame(3, channels, 3, stride), batch_norm(channels), nn.SiLU())
@@ -1173,7 +1217,8 @@ def initialize(module: nn.Module) -> None:
 
 def build_network(stage: Stage, stochastic_depth: float = 0.0) -> EfficientNet:
     """Build the network that a stage trains, with fresh weights, channels_last, in training mode."""
-    return EfficientNet(stage, stochastic_depth).to(memory_format=torch.channels_last)
+    network = EfficientNet(stage, stochastic_depth).to(memory_format=torch.channels_last)
+    return fold_classifier(network) if stage.sparsity else network
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -1197,11 +1242,19 @@ def fold_network(network: EfficientNet) -> EfficientNet:
     (W x + b) / |W x + b| @ K, with K's columns normalised, has its largest value where K^T W x + K^T b has: a positive
     factor moves no maximum. What the folded network returns are not cosines, but the same predictions.
     """
-    fold_batch_norms(network)
-    weight, kernel = network.embedding.weight, F.normalize(network.cosine.kernel, dim=0)
-    linear = nn.Linear(weight.shape[1], kernel.shape[1], dtype=weight.dtype)
-    linear.weight.data, linear.bias.data = kernel.T @ weight, kernel.T @ network.embedding.bias
-    network.embedding, network.cosine = linear, nn.Identity()
+    return fold_classifier(fold_batch_norms(network))
+
+
+def fold_classifier(network: EfficientNet, length: float = 1.0) -> EfficientNet:
+    """Fold embedding, L2 norm and cosine kernel into one linear layer, if they are not. Changes `network`.
+
+    What it returns are cosines where the embedding has that `length`.
+    """
+    if isinstance(network.cosine, Cosine):
+        weight, kernel = network.embedding.weight, F.normalize(network.cosine.kernel, dim=0) / length
+        linear = nn.Linear(weight.shape[1], kernel.shape[1], dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = kernel.T @ weight, kernel.T @ network.embedding.bias
+        network.embedding, network.cosine = linear, nn.Identity()
     return network
 
 
@@ -1472,8 +1525,8 @@ class Tested(NamedTuple):
     top5: float | None
 
 
-class Teacher(NamedTuple):
-    """Who taught a stage. The digest and the stage's name say which network it was, wherever it is kept."""
+class Parent(NamedTuple):
+    """A network that a stage learned from. The digest and its stage's name say which it was, wherever it is kept."""
 
     name: str  # as the stage calls it: a stage or a path
     stage: str  # that trained it
@@ -1527,7 +1580,8 @@ class Metadata:
     best: Tested
     last: Tested
     history: tuple[Record, ...] = ()  # of a training run
-    teacher: Teacher | None = None
+    teacher: Parent | None = None
+    start: Parent | None = None
     cost: Cost | None = None  # by the seed's rules
     facts: Facts | None = None
     images: dict[str, str] | None = None  # SHA-256 of what it was trained on and what its epochs were tested on
@@ -1548,6 +1602,10 @@ class Metadata:
             return tested_at(self.history[self.epoch - 1])
         return Tested(self.epoch, self.exported and self.exported.top1, None)
 
+    @property
+    def parents(self) -> dict[str, Parent]:
+        return {role: parent for role in ("teacher", "start") if (parent := getattr(self, role))}
+
     def check(self) -> None:
         """Raise ValueError where entries contradict each other."""
         tested, n = list(map(tested_at, self.history)), len(self.history)
@@ -1560,7 +1618,7 @@ class Metadata:
             "best": 1 <= self.best.epoch <= self.last.epoch and (not n or self.best in tested),
             "class_names": (len(self.class_names) == self.stage.classes or not self.class_names and not n)
             and (not self.stage.folder or self.stage.folder.class_names == self.class_names),
-            "teacher": bool(self.imported) or (self.teacher is None) == (self.stage.teacher is None),
+            "parents": bool(self.imported) or self.parents.keys() == self.stage.parents.keys(),
             "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
             "cost": (self.cost and self.facts and self.images) is not None or not n,
             "best_network": self.best_network is None or n > 0,
@@ -1807,9 +1865,41 @@ def network_from(path: Path, tensors: dict[str, Tensor], metadata: Metadata) -> 
     """Build the network that the metadata describe and fill it with the tensors."""
     network = build_network(metadata.stage)
     if metadata.exported:
-        fold_network(network)
+        tensors = unpack(path, tensors, fold_network(network).state_dict())
     fill_network(path, network, tensors)
     return network.eval()
+
+
+MASK = ".mask"  # after a weight's name: a bit for each of its positions, 1 where its value is stored
+
+
+def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep every weight as `stored` counts it: dense, or as its nonzero values and a mask of bits, the highest first."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1 and stored(tensor)[1]:
+            flat = tensor.contiguous().flatten()
+            bits = F.pad(flat != 0, (0, -len(flat) % 8)).view(-1, 8)
+            packed[name] = flat[flat != 0]
+            packed[name + MASK] = (bits << torch.arange(7, -1, -1)).sum(1, dtype=torch.uint8)
+        else:
+            packed[name] = tensor
+    return packed
+
+
+def unpack(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `pack`, to tensors of the shapes that are expected; raises Refused where mask and values do not match."""
+    dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASK)}
+    for name in dense.keys() & expected.keys():
+        if (mask := tensors.get(name + MASK)) is not None:
+            size, values = expected[name].numel(), dense[name]
+            sound = mask.dtype == torch.uint8 and mask.shape == (math.ceil(size / 8),) and values.ndim == 1
+            bits = (mask[:, None] >> torch.arange(7, -1, -1) & 1).bool().flatten() if sound else mask
+            if not sound or int(bits.sum()) != int(bits[:size].sum()) or int(bits.sum()) != len(values):
+                raise Refused(f"{path}: {name} does not match its mask")
+            flat = torch.zeros(size, dtype=values.dtype).masked_scatter(bits[:size], values)
+            dense[name] = flat.view(expected[name].shape)
+    return dense
 
 
 def without_momentum(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1875,9 +1965,9 @@ def best_path(folder: Path) -> Path:
     return folder / "best.safetensors"
 
 
-def teacher_path(stage: Stage, ckpt: Path) -> Path:
-    """Return where the checkpoint of a stage's teacher is kept."""
-    return checkpoint_file(stage.teacher) if is_path(stage.teacher) else best_path(ckpt / stage.teacher)
+def parent_path(name: str, ckpt: Path) -> Path:
+    """Return where the checkpoint of a stage's parent is kept."""
+    return checkpoint_file(name) if is_path(name) else best_path(ckpt / name)
 
 
 class State(NamedTuple):
@@ -1950,7 +2040,7 @@ def kept_as(stage: Stage, state: State | None, ckpt: Path) -> Kept:
 
 
 def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, anew: bool) -> list[Kept]:
-    """Return the named stages and the teachers that those still to train need, each after its teacher.
+    """Return the named stages and the parents that those still to train need, each after its parents.
 
     Named ones are to train `anew`, whatever they have kept.
     """
@@ -1959,8 +2049,9 @@ def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, ane
     def add(stage: Stage) -> None:
         if stage.name not in chain:
             kept = Kept(stage) if anew and stage.name in names else read_kept(stage, ckpt)
-            if not kept.is_finished and stage.teacher in stages:
-                add(stages[stage.teacher])
+            for parent in needed(kept).values():
+                if parent in stages:
+                    add(stages[parent])
             chain[stage.name] = kept
 
     for name in names:
@@ -1968,8 +2059,14 @@ def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, ane
     return list(chain.values())
 
 
+def needed(kept: Kept) -> dict[str, str]:
+    """Return the parents that a stage still needs: its teacher to its end, the network that it starts from till then."""
+    begun = kept.is_finished and ("teacher", "start") or kept.history and ("start",) or ()
+    return {role: name for role, name in kept.stage.parents.items() if role not in begun}
+
+
 def kept_stages(ckpt: Path) -> tuple[list[Kept], list[str]]:
-    """Return the stages that have kept something in a folder, teachers first, and why files there cannot be read."""
+    """Return the stages that have kept something in a folder, parents first, and why files there cannot be read."""
     found: dict[str, Kept] = {}
     damaged: list[str] = []
     for folder in sorted(ckpt.iterdir()) if ckpt.is_dir() else []:
@@ -1980,7 +2077,7 @@ def kept_stages(ckpt: Path) -> tuple[list[Kept], list[str]]:
                 damaged += state.refused
         except (Refused, OSError) as error:
             damaged.append(str(error))
-    order = with_teachers({name: kept.stage for name, kept in found.items()}, list(found))
+    order = with_parents({name: kept.stage for name, kept in found.items()}, list(found))
     return [found[stage.name] for stage in order], damaged
 
 
@@ -1989,10 +2086,10 @@ def check_unchanged(stage: Stage, ckpt: Path, state: State) -> None:
     metadata, kept = state.metadata, state.metadata.stage
 
     def may_differ(name: str) -> bool:
-        if name == "teacher" and stage.teacher and metadata.teacher:  # by another name, or in another place
+        if name in stage.parents and name in metadata.parents:  # by another name, or in another place
             with suppress(Refused):
-                about = read_metadata(teacher_path(stage, ckpt))
-                return (about.stage.name, about.tensors) == metadata.teacher.identity
+                about = read_metadata(parent_path(stage.parents[name], ckpt))
+                return (about.stage.name, about.tensors) == metadata.parents[name].identity
         return is_extension(name, kept, stage, len(metadata.history))
 
     changes = [
@@ -2017,22 +2114,23 @@ def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
     return all(learning_rate(kept, step) == learning_rate(stage, step) for step in steps)
 
 
-def find_teacher(stage: Stage, ckpt: Path) -> tuple[Path, Metadata]:
-    """Return where a stage's teacher is kept and what explains it; raises Failure if it is not ready."""
-    path, named = teacher_path(stage, ckpt), not is_path(stage.teacher)
+def find_parent(stage: Stage, role: str, ckpt: Path) -> tuple[Path, Metadata]:
+    """Return where a stage's teacher or start is kept and what explains it; raises Failure if it is not ready."""
+    name = stage.parents[role]
+    path, named = parent_path(name, ckpt), not is_path(name)
     state = find_state(path.parent)
     if not path.exists() and not (named and state):
-        raise Misconfigured(f"stage {stage.name}: its teacher {path} is not there: train it first, or use `chain`")
+        raise Misconfigured(f"stage {stage.name}: its {role} {path} is not there: train it first, or use `chain`")
     if path.resolve().parent == (ckpt / stage.name).resolve():
-        raise Refused(f"{path}: stage {stage.name} keeps it itself: expected a teacher that is another one's network")
+        raise Refused(f"{path}: stage {stage.name} keeps it itself: expected a {role} that is another one's network")
     if named and state is None:
-        raise Refused(f"{path}: no state explains it: train {stage.teacher}, or name this file as the teacher")
+        raise Refused(f"{path}: no state explains it: train {name}, or name this file as the {role}")
     about = check_best(path, state.metadata)[1] if named else read_metadata(path)
     if about.exported:
-        raise Misconfigured(f"stage {stage.name}: its teacher {path} is exported, with no cosines: name its checkpoint")
+        raise Misconfigured(f"stage {stage.name}: its {role} {path} is exported, with no cosines: name its checkpoint")
     if state and about.stage.name == state.metadata.stage.name and not Kept(about.stage, state.metadata).is_finished:
-        raise Misconfigured(f"stage {stage.name}: its teacher {stage.teacher} is not finished: `chain` does that first")
-    if different := differing(stage, about.stage):
+        raise Misconfigured(f"stage {stage.name}: its {role} {name} is not finished: `chain` does that first")
+    if different := differing(stage, about.stage, role):
         name, own, found = different
         raise Refused(f"{path}: {name} = {shown(found)}: expected {shown(own)}, as stage {stage.name} has it")
     return path, about
@@ -2276,8 +2374,8 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
     network = network_from(path, tensors, about)
     folded = fold_network(copy.deepcopy(network).double()).float()
-    stage, cost = about.stage, total_cost(layer_costs(folded, "official").values())
     rounded = copy.deepcopy(folded).half().float()
+    stage, cost = about.stage, total_cost(layer_costs(rounded, "official").values())
     images, on = images_at_hand(about, data, watch)
     before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, rounded))
 
@@ -2329,7 +2427,8 @@ def model_card(out: Path, about: Metadata, scale: float | None, cost: Cost, resu
     tested = {"task": {"type": "image-classification"}, "dataset": {"name": stage.dataset, "type": stage.dataset}}
     index = json.dumps([{"name": stage.name, "results": [tested | {"metrics": [metric]}]}])
     taught = f", taught by {about.teacher.stage} ({percent(about.teacher.tested.top1)})" if about.teacher else ""
-    source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}"
+    pruned = f", pruned: {pruning(stage)}" if stage.sparsity else ""
+    source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}{pruned}"
     chosen = ""
     if about.images and result["on"].startswith(stage.tested_on):  # a state holds the last epoch's network
         chosen = f" of epoch {about.epoch}, the last" if about.best_network else ", on which its epoch was chosen"
@@ -2448,7 +2547,7 @@ def check_packages(path: Path, *packages: str) -> None:
 def export_network(path: Path, network: nn.Module, metadata: Metadata) -> tuple[bytes, Callable[[Tensor], Tensor]]:
     """Return a file of a folded network with 16-bit weights and what it, read again, computes."""
     if path.suffix == ".safetensors":
-        content = to_bytes(network.half().state_dict(), metadata)[0]
+        content = to_bytes(pack(network.half().state_dict()), metadata)[0]
         return content, network_from(path, *parse_checkpoint(path, content))
     example = torch.zeros(2, 3, network.side, network.side)
     batch = {0: torch.export.Dim("N", min=1)}
@@ -2468,12 +2567,76 @@ def export_onnx(shipped: Shipped, example: Tensor, batch: dict[int, Any], explai
     # optimize=False, as constant folding would make the weights 32 bits wide
     program = torch.onnx.export(shipped, (example,), dynamo=True, optimize=False, verbose=False, **names)
     model = program.model_proto
-    for node in model.graph.node:  # where in the source each came from: more bytes than the weights
-        node.ClearField("metadata_props")
-    for value in model.graph.value_info:
-        value.ClearField("metadata_props")
+    pack_onnx(model)
+    shorten(model.graph)
     model.metadata_props.add(key="micronet", value=explained)
     return model.SerializeToString()
+
+
+def shorten(graph: Any) -> None:
+    """Take what no runtime needs out of an ONNX graph: where nodes come from, shapes between them, long names."""
+    names = {kept: kept for kept in ("", "images", "logits")}
+
+    def short(name: str) -> str:
+        return names.setdefault(name, f"{len(names):x}")
+
+    for node in graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("name")
+        node.input[:], node.output[:] = map(short, node.input), map(short, node.output)
+    for weight in graph.initializer:
+        weight.name = short(weight.name)
+    del graph.value_info[:], graph.metadata_props[:]
+
+
+def pack_onnx(model: Any) -> None:
+    """Keep a model's weights of 16 bits as `pack` does, unpacked by a function that runtimes fold when they load it."""
+    from onnx import helper, numpy_helper, parser
+
+    graph = model.graph
+    held = {each.name: each for each in graph.initializer}
+    weights = {name: torch.from_numpy(numpy_helper.to_array(each).copy()) for name, each in held.items()}
+    packed = pack({name: weight for name, weight in weights.items() if weight.dtype == torch.half})
+    masks = {name.removesuffix(MASK): mask for name, mask in packed.items() if name.endswith(MASK)}
+    nodes = []
+    for name, mask in masks.items():
+        (cast,) = [node for node in graph.node if name in node.input]  # to 32 bits, which is all that reads it
+        values = F.pad(packed[name], (0, 1))  # what positions after the last value look up, and do not take
+        inputs = {f"{name}.values": values, name + MASK: mask, f"{name}.shape": torch.tensor(weights[name].shape)}
+        graph.initializer.remove(held[name])
+        graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), at) for at, tensor in inputs.items())
+        nodes.append(helper.make_node("Unpack", list(inputs), list(cast.output), domain="micronet"))
+        graph.node.remove(cast)
+    if nodes:
+        nodes += graph.node
+        del graph.node[:]
+        graph.node.extend(nodes)
+        opset = next(each.version for each in model.opset_import if not each.domain)
+        model.functions.append(parser.parse_function(UNPACK.replace("OPSET", str(opset))))
+        model.opset_import.append(helper.make_opsetid("micronet", 1))
+
+
+UNPACK = """<domain: "micronet", opset_import: ["": OPSET]>
+Unpack (values, mask, shape) => (weight) {
+    bits = Constant <value = uint8[8] {128, 64, 32, 16, 8, 4, 2, 1}> ()
+    column = Constant <value = int64[2] {-1, 1}> ()
+    flat = Constant <value = int64[1] {-1}> ()
+    begin = Constant <value = int64[1] {0}> ()
+    axis = Constant <value = int64 {0}> ()
+    nil = Constant <value = float {0}> ()
+    bytes = Reshape (mask, column)
+    set = BitwiseAnd (bytes, bits)
+    truth = Cast <to = 9> (set)
+    found = Reshape (truth, flat)
+    ones = Cast <to = 6> (found)
+    rank = CumSum <exclusive = 1> (ones, axis)
+    wide = Cast <to = 1> (values)
+    spread = Gather (wide, rank)
+    padded = Where (found, spread, nil)
+    size = ReduceProd (shape)
+    dense = Slice (padded, begin, size)
+    weight = Reshape (dense, shape)
+}"""
 
 
 def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
@@ -2560,7 +2723,7 @@ class Run:
     facts: Facts
     images: dict[str, str] = field(default_factory=dict)  # SHA-256 of `train` and `test`
     teacher: nn.Module | None = None
-    taught_by: Teacher | None = None
+    parents: dict[str, Parent] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
     best: Record | None = None  # of the history, the first of equals
     best_network: str = ""  # SHA-256 of its tensors, once it is kept
@@ -2575,7 +2738,7 @@ class Started:
     stage: Stage
     facts: Facts
     cost: Cost
-    teacher: Teacher | None
+    parents: dict[str, Parent]
     history: list[Record]  # of the epochs that are done
     notes: list[str]
 
@@ -2611,13 +2774,16 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
     processes, process = accelerator.num_processes, accelerator.process_index
     parts = accelerator.gradient_accumulation_steps
     share = stage.batch_size // (parts * processes)  # images per process and forward pass
-    yield Started(stage, run.facts, run.cost, run.taught_by, list(run.history), run.notes)
+    yield Started(stage, run.facts, run.cost, run.parents, list(run.history), run.notes)
 
     for epoch in range(len(run.history) + 1, stage.epochs + 1):
         start = time.monotonic()
         torch.manual_seed(stream_seed(stage.seed, stage.name, epoch, process))  # stochastic depth
         plan = plan_epoch(stage, epoch).each(lambda t: t.view(-1, parts, processes, share)[:, :, process].to(device))
         totals, bad = torch.zeros(2, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        if renewed := epoch <= stage.prune_epochs:  # which is 1 where nothing is pruned
+            reset_statistics(run.student)
+        pruned, masks = prune(run.student, sparsity_at(stage, epoch))
         run.model.train()
         for step in range(stage.steps_per_epoch):
             lr = learning_rate(stage, (epoch - 1) * stage.steps_per_epoch + step)
@@ -2637,6 +2803,9 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
                     accelerator.backward(loss)
                     run.optimizer.step()
                     run.optimizer.zero_grad()
+                if pruned:
+                    with torch.no_grad():
+                        torch._foreach_mul_(pruned, masks)  # pruned is pruned, whatever the gradient says
                 hits = (cosines.detach().argmax(1) == labels).sum()
                 totals += torch.stack([loss.detach() * len(labels), hits])
                 bad = torch.where((bad == 0) & ~loss.detach().isfinite(), step + 1, bad)
@@ -2646,7 +2815,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
 
         check_steps(stage, epoch, bad)
         average_statistics(run.student, accelerator)
-        if epoch == 1:
+        if renewed:
             debias_statistics(run.student)
         loss, hits = accelerator.reduce(totals, "sum").tolist()  # sync
         seconds, seen = time.monotonic() - start, stage.steps_per_epoch * stage.batch_size
@@ -2670,7 +2839,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
             images_per_second=seen / seconds,
         )
         run.history.append(record)
-        if run.best is None or record.test_top1 > run.best.test_top1:
+        if epoch <= stage.prune_epochs or record.test_top1 > run.best.test_top1:  # no denser network is the best
             run.best = record
         yield EpochDone(record, run.best)
 
@@ -2690,6 +2859,41 @@ def average_statistics(network: nn.Module, accelerator: Accelerator) -> None:
         for buffer in network.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(accelerator.reduce(buffer, "mean"))
+
+
+def sparsity_at(stage: Stage, epoch: int) -> float:
+    """Return the share of a stage's weights that is zero in an epoch [10]."""
+    return stage.sparsity * (1 - (1 - min(1, epoch / stage.prune_epochs)) ** 3)
+
+
+def prune(network: nn.Module, sparsity: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Set the least important of a network's weights to zero; return what may be pruned and masks of what is not.
+
+    Of convolutions and linear layers but the first, ranked over all layers by LAMP, each value's square over the sum
+    of those in its layer that are not smaller [11]: in float64 on the CPU, so that all processes and a resumed run
+    prune the same ones. A zero ranks lowest, so that no mask need be kept. Returns empty lists at 0.
+    """
+    if not sparsity:
+        return [], []
+    weights = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)][1:]
+    ranks = []
+    for weight in weights:
+        squares, order = weight.detach().cpu().double().flatten().square().sort(stable=True)
+        ranks.append(torch.empty_like(squares))
+        ranks[-1][order] = squares / squares.flip(0).cumsum(0).flip(0).clamp(min=torch.finfo(torch.double).tiny)
+    every = torch.cat(ranks)
+    highest = every.kthvalue(max(1, round(sparsity * len(every)))).values  # of those that go
+    masks = [(rank > highest).view(weight.shape).to(weight) for rank, weight in zip(ranks, weights)]
+    with torch.no_grad():
+        torch._foreach_mul_(weights, masks)
+    return weights, masks
+
+
+def reset_statistics(network: nn.Module) -> None:
+    """Begin batch norm's running statistics anew: those of a network that has just been changed are another's."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
 
 
 def debias_statistics(network: nn.Module) -> None:
@@ -2829,7 +3033,8 @@ def open_run(
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    teacher, taught_by = load_teacher(stage, ckpt, state)
+    teacher, taught_by = load_parent(stage, "teacher", ckpt, state)
+    start, began_as = load_parent(stage, "start", ckpt, state)
     # one process downloads, see `download`
     train, test = (load_images(stage, data, part, watch) for part in ("train", stage.tested_on))
     images = {"train": images_digest(train), stage.tested_on: images_digest(test)}
@@ -2840,9 +3045,10 @@ def open_run(
             f"stage {stage.name}: the images of {stage.dataset} have changed since it began, or Pillow reads them "
             f"differently: restore them, or train it anew (chain {stage.name} --restart)"
         )
-    run = new_run(stage, accelerator, train, test)
+    run = new_run(stage, accelerator, train, test, start)
     run.images = images
-    run.teacher, run.taught_by = place_teacher(teacher, accelerator) if teacher else None, taught_by
+    run.teacher = place_teacher(teacher, accelerator) if teacher else None
+    run.parents = {role: parent for role, parent in (("teacher", taught_by), ("start", began_as)) if parent}
     if state:
         restore(run, state)
         if accelerator.is_main_process:
@@ -2882,11 +3088,17 @@ def environment_changes(kept: Metadata, facts: Facts) -> list[str]:
     ]
 
 
-def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images) -> Run:
-    """Return a run that begins: fresh weights, and no teacher yet."""
+def new_run(
+    stage: Stage, accelerator: Accelerator, train: Images, test: Images, start: EfficientNet | None = None
+) -> Run:
+    """Return a run that begins, with fresh weights or those of another network, and no teacher yet."""
     device = accelerator.device
     torch.manual_seed(stream_seed(stage.seed, stage.name, "weights"))
     student = build_network(stage, stage.stochastic_depth)
+    if start:
+        if stage.sparsity:
+            fold_classifier(start, embedding_length(start, train.pixels[:500]))
+        student.load_state_dict(start.state_dict())
     cost = total_cost(layer_costs(student, "seed").values())
     student.to(device)
     optimizer = torch.optim.SGD(
@@ -2898,6 +3110,15 @@ def new_run(stage: Stage, accelerator: Accelerator, train: Images, test: Images)
         wrapper.broadcast_buffers = False  # each process keeps its statistics; see average_statistics
     train, test = train.to(device), test.to(device)
     return Run(accelerator, train, test, student, prepared, model, cost, run_facts(accelerator))
+
+
+def embedding_length(network: EfficientNet, pixels: Tensor) -> float:
+    """Return the mean length of a network's embeddings of images, 1 where its classifier is folded."""
+    if not isinstance(network.cosine, Cosine):
+        return 1.0
+    with torch.no_grad():
+        embeddings = nn.Sequential(*list(network.eval())[:-1])(normalize(pixels.float() / 255))
+    return embeddings.norm(dim=1).mean().item()
 
 
 def restore(run: Run, state: State) -> None:
@@ -2937,7 +3158,7 @@ def explain(stage: Stage, run: Run) -> Metadata:
         best=tested_at(run.best),
         last=tested_at(run.history[-1]),
         history=tuple(run.history),
-        teacher=run.taught_by,
+        **run.parents,
         cost=run.cost,
         facts=run.facts,
         images=run.images,
@@ -2946,22 +3167,23 @@ def explain(stage: Stage, run: Run) -> Metadata:
     )
 
 
-def load_teacher(stage: Stage, ckpt: Path, state: State | None) -> tuple[nn.Module | None, Teacher | None]:
-    """Return a stage's frozen teacher and what its students record of it; raises Failure if it is not ready.
+def load_parent(stage: Stage, role: str, ckpt: Path, state: State | None) -> tuple[EfficientNet | None, Parent | None]:
+    """Return the network of a stage's teacher or start and what the stage records of it; raises Failure if not ready.
 
-    Raises Refused, too, where another network has taught the stage so far.
+    Raises Refused, too, where it is not the one that the stage began with. A stage that goes on needs no start.
     """
-    if stage.teacher is None:
-        return None, None
-    path, _ = find_teacher(stage, ckpt)
+    began = state.metadata.parents.get(role) if state else None
+    if role not in stage.parents or (began and role == "start"):
+        return None, began
+    path, _ = find_parent(stage, role, ckpt)
     tensors, about = load_checkpoint(path)
-    teacher = Teacher(stage.teacher, about.stage.name, about.tensors, about.tested)
-    if state and (began := state.metadata.teacher).identity != teacher.identity:
+    parent = Parent(stage.parents[role], about.stage.name, about.tensors, about.tested)
+    if began and began.identity != parent.identity:
         raise Refused(
-            f"{path}: the teacher has changed since stage {stage.name} began: expected {began.tensors[:12]}... of "
-            f"stage {began.stage}, found {teacher.tensors[:12]}... of {teacher.stage}; use the old one or --restart"
+            f"{path}: the {role} has changed since stage {stage.name} began: expected {began.tensors[:12]}... of "
+            f"stage {began.stage}, found {parent.tensors[:12]}... of {parent.stage}; use the old one or --restart"
         )
-    return network_from(path, tensors, about), teacher
+    return network_from(path, tensors, about), parent
 
 
 def place_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -3202,7 +3424,8 @@ class Dashboard(Plain):
         now = time.monotonic()
         match event:
             case Started():
-                self.stage, self.teacher, self.said = event.stage, event.teacher, [*event.notes, in_brief(event)]
+                self.stage, self.teacher = event.stage, event.parents.get("teacher")
+                self.said = [*event.notes, in_brief(event)]
                 for note in event.notes:  # which the next stage's screen does not show
                     say(self.console, note)
                 self.begun = self.stepped = now
@@ -3349,7 +3572,7 @@ def curve(
     stage: Stage,
     history: Collection[Record],
     training: list[tuple[float, float]],  # epochs since the start, top-1 in percent
-    teacher: Teacher | None,
+    teacher: Parent | None,
     width: int,
     height: int,
 ) -> list[Text]:
@@ -3592,15 +3815,18 @@ def printable(text: str) -> str:
 
 def introduction(event: Started) -> list[str]:
     """Say what a stage trains and what it runs on."""
-    stage, taught = event.stage, "none: the true labels"
-    if teacher := event.teacher:
-        top1, epoch = percent(teacher.tested.top1), teacher.tested.epoch
-        taught = f"{teacher.name}, {top1} top-1, epoch {epoch} of stage {teacher.stage}"
+    stage = event.stage
+    parents = {
+        role: f"{parent.name}, {percent(parent.tested.top1)} top-1, epoch {parent.tested.epoch} of stage {parent.stage}"
+        for role, parent in event.parents.items()
+    }
     lines = [
         f"stage {stage.name}: {stage.network}, {event.cost.params:,} parameters, {worth(event)}, "
         f"{count(stage.epochs, 'epoch')} of {count(stage.steps_per_epoch, 'step')} of {stage.batch_size} images, "
         f"seed {stage.seed}",
-        f"teacher: {taught}",
+        f"teacher: {parents.get('teacher', 'none: the true labels')}",
+        *([f"starts from: {parents['start']}"] if "start" in parents else []),
+        *([f"pruned: {pruning(stage)}"] if stage.sparsity else []),
         f"runs on: {runs_on(event.facts)}",
     ]
     lines[1:1] = [f"images: {stage.folder}"] if stage.folder else []
@@ -3610,7 +3836,12 @@ def introduction(event: Started) -> list[str]:
 
 def in_brief(event: Started) -> str:
     """Say in a line what a stage trains and what it runs on, but for what its table, bars and curve say."""
-    return f"{event.cost.params:,} parameters, {worth(event)}, seed {event.stage.seed}; {runs_on(event.facts)}"
+    pruned = f"; pruned: {pruning(event.stage)}" if event.stage.sparsity else ""
+    return f"{event.cost.params:,} parameters, {worth(event)}, seed {event.stage.seed}; {runs_on(event.facts)}{pruned}"
+
+
+def pruning(stage: Stage) -> str:
+    return f"{100 * stage.sparsity:g} % of the weights, over {count(stage.prune_epochs, 'epoch')}"
 
 
 def runs_on(facts: Facts) -> str:
@@ -4445,7 +4676,7 @@ def run_stage(
     stage = find_stage(every, name)
     accelerator = open_accelerator(timeout, log_with, ckpt)
     console = new_console(quiet=not accelerator.is_main_process)
-    others = [find_stage(every, other) for other in among] if among else with_teachers(every, [name])
+    others = [find_stage(every, other) for other in among] if among else with_parents(every, [name])
     view = choose_view(console, [read_kept(other, ckpt, strict=False) for other in others], stays=among is None)
     train_and_keep(stage, data, ckpt, accelerator, view, restart)
 
@@ -4475,9 +4706,10 @@ def chain(
     named = names or list(every)
     todo = kept_chain(every, named, ckpt, anew=restart)
     left = {each.stage.name: each.stage for each in todo if not is_settled(each, ckpt)}
-    for stage in left.values():
-        if stage.teacher and stage.teacher not in left:
-            find_teacher(stage, ckpt)
+    for stage in (each for each in todo if each.stage.name in left):
+        for role, parent in needed(stage).items():
+            if parent not in left:
+                find_parent(stage.stage, role, ckpt)
     console = new_console()
     for reason in (reason for each in todo for reason in each.refused):
         say(console, f"WARNING: {reason}")

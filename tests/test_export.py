@@ -281,7 +281,7 @@ def test_a_published_network_computes_the_same_and_teaches(
     assert score["params"] == 2_418_650 and score["top1"] is None
     text = TINY.replace('teacher = "first"', f'teacher = "{path}"').replace('"synthetic"', '"cifar100"')
     stages = micronet.load_stages(write(re.sub(r"\[stage.first\][^[]*", "", text)))
-    teacher, facts = micronet.load_teacher(stages["second"], tmp_path, None)
+    teacher, facts = micronet.load_parent(stages["second"], "teacher", tmp_path, None)
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 100) and facts.tested.top1 is None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, WIDE, invoke, program
 
-from micronet import Schedule, Stage, learning_rate, load_stages, with_teachers
+from micronet import Schedule, Stage, learning_rate, load_stages, with_parents
 
 
 def test_stages_toml_is_the_published_recipe() -> None:
@@ -63,7 +63,7 @@ def test_teachers_come_first() -> None:
         ("b0", "b3"): ["b3", "b3_refined", "b0"],
         tuple(stages): ["b3", "b3_refined", "b0", "ex", "exx"],
     }.items():
-        assert [stage.name for stage in with_teachers(stages, names)] == order
+        assert [stage.name for stage in with_parents(stages, names)] == order
 
 
 GOOD = '[stage.a]\nnetwork = "efficientnet_b0"\n'

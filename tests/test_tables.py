@@ -12,7 +12,7 @@ from conftest import drawn, invoke
 from rich.table import Table
 
 import micronet
-from micronet import Cost, Facts, Kept, Metadata, Record, Stage, Teacher
+from micronet import Cost, Facts, Kept, Metadata, Parent, Record, Stage
 
 
 def record(epoch: int, top1: float) -> Record:
@@ -21,7 +21,7 @@ def record(epoch: int, top1: float) -> Record:
     return Record(epoch, 0.64 / epoch, 3 + n, top1 / 4, 1 + n, top1, 50 + top1 / 2, 20.0 + epoch, 1000.0 + epoch)
 
 
-def kept(stage: Stage, top1: list[float], best: int, cost: Cost, teacher: Teacher | None, state: str) -> Kept:
+def kept(stage: Stage, top1: list[float], best: int, cost: Cost, teacher: Parent | None, state: str) -> Kept:
     """Return a stage whose epochs have come to these accuracies."""
     history = tuple(record(n + 1, value) for n, value in enumerate(top1))
     tested = [micronet.tested_at(history[epoch - 1]) for epoch in (best, len(history))]
@@ -29,7 +29,7 @@ def kept(stage: Stage, top1: list[float], best: int, cost: Cost, teacher: Teache
 
 
 FACTS = Facts("CPU (x86_64)", 2, 1, 3, "AVX2", "bf16", "inductor", {"torch": "2"}, "0a1b2c")
-TEACHER = Teacher("b0", "first", "f" * 64, micronet.Tested(2, 81.25, 95.5))
+TEACHER = Parent("b0", "first", "f" * 64, micronet.Tested(2, 81.25, 95.5))
 B0 = Stage("b0", network="efficientnet_b0", epochs=3)
 EXX = Stage("a-long-name", network="efficientnet_exx", teacher="b0", train_images=200, seed=7)
 LATER = replace(B0, name="later", network="efficientnet_b3", teacher=EXX.name, train_images=256, batch_size=256)

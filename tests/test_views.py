@@ -519,7 +519,7 @@ def test_show(trained: Path, tmp_path: Path) -> None:
 def test_teachers_that_go_round_are_shown() -> None:
     """A stage that was taught by a later one, before stages.toml was turned round."""
     turned = {B0.name: replace(B0, teacher=EXX.name), EXX.name: EXX}
-    assert {stage.name for stage in micronet.with_teachers(turned, list(turned))} == set(turned)
+    assert {stage.name for stage in micronet.with_parents(turned, list(turned))} == set(turned)
 
 
 @pytest.mark.parametrize("damage", ["last", "both", "all", "folder", "lock"])

@@ -1,0 +1,305 @@
+"""Stages that start from another network and prune: what goes, that it stays away, and that going on changes no bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, build_network, invoke, reset_accelerate
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import micronet
+from micronet import Stage, load_checkpoint, load_network, load_stages, prune, sparsity_at
+
+PRUNED = (
+    TINY
+    + """
+[stage.sparse]
+network = "ex"
+teacher = "first"
+start = "second"
+sparsity = 0.6
+prune_epochs = 2
+epochs = 4
+lr = { schedule = "cosine", peak = 0.02 }
+"""
+)
+
+
+def weights_of(network: nn.Module) -> list[Tensor]:
+    """Return the weights of convolutions and linear layers."""
+    return [m.weight.detach() for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def share(network: nn.Module) -> tuple[int, int]:
+    """Return how many weights but the stem's are zero, and how many there are."""
+    weights = weights_of(network)[1:]
+    return sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
+
+
+@pytest.fixture(scope="module")
+def sparse(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stages of `trained` and one that prunes the second, trained to its end."""
+    folder = tmp_path_factory.mktemp("sparse")
+    shutil.copytree(trained / "ckpt", folder / "ckpt")
+    (folder / "stages.toml").write_text(PRUNED)
+    reset_accelerate()
+    result = invoke("run-stage", "sparse", "--stages", folder / "stages.toml", "--ckpt", folder / "ckpt")
+    assert result.exit_code == 0, result.output
+    assert "starts from: second, " in result.output and "pruned: 60 % of the weights, over 2 epochs" in result.output
+    return folder
+
+
+def test_lamp_by_hand() -> None:
+    """Each value's square over the sum of the squares in its layer that are not smaller."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(1, 4, 1), nn.Linear(3, 1))
+    first = network[0].weight.detach().clone()
+    # squares 1, 4, 9, 16: 1/30, 4/29, 9/25, 1; squares 100, 400, 400: 100/900, 400/800 and, the last of equals, 1
+    network[1].weight.data = torch.tensor([-1.0, 2.0, -3.0, 4.0]).view(4, 1, 1, 1)
+    network[2].weight.data = torch.tensor([[20.0, -10.0, -20.0]])
+    order = [(1, 0), (2, 1), (1, 1), (1, 2), (2, 0)]  # of layer and place
+    for n in range(1, 6):
+        weights, masks = prune(network, n / 7)
+        gone = {(1 + layer, int(i)) for layer, m in enumerate(masks) for i in (m.flatten() == 0).nonzero()}
+        assert gone == set(order[:n])
+        assert all(torch.equal(w, w * m) for w, m in zip(weights, masks))
+    assert torch.equal(network[0].weight, first) and share(network) == (5, 7)
+    assert prune(network, 0.0) == ([], [])
+
+
+def test_lamp_against_its_formula_in_another_order() -> None:
+    torch.manual_seed(0)
+    network = build_network("efficientnet_ex", width=0.1, depth=0.1)
+    before = [w.double() for w in weights_of(network)[1:]]
+    scores = [torch.stack([x**2 / (w[w.abs() >= x.abs()] ** 2).sum() for x in w.flatten()]) for w in before[:4]]
+    prune(network, 0.37)
+    zeros, values = share(network)
+    assert zeros == round(0.37 * values)
+    kept = [w != 0 for w in weights_of(network)[1:]]
+    pairs = [(s[~k.flatten()], s[k.flatten()]) for s, k in zip(scores, kept)]
+    gone, left = (torch.cat(side) for side in zip(*pairs))
+    assert gone.max() < left.min()  # one threshold for all layers
+
+
+def test_what_is_pruned_stays_pruned_and_ranks_lowest() -> None:
+    network = build_network("efficientnet_ex", width=0.1, depth=0.1)
+    prune(network, 0.5)
+    before = [w == 0 for w in weights_of(network)]
+    prune(network, 0.7)
+    assert all((w[b] == 0).all() for w, b in zip(weights_of(network), before))
+
+
+def test_the_share_rises_by_the_cubic_schedule() -> None:
+    stage = Stage("s", network="efficientnet_ex", sparsity=0.8, prune_epochs=4, epochs=9)
+    rising = [0.8 * (1 - 27 / 64), 0.8 * (1 - 8 / 64), 0.8 * (1 - 1 / 64)]
+    assert [sparsity_at(stage, epoch) for epoch in range(1, 10)] == pytest.approx(rising + [0.8] * 6)
+    assert sparsity_at(Stage("s", network="efficientnet_ex"), 1) == 0
+
+
+def test_a_pruned_stage_ends_at_its_sparsity_and_starts_from_another(sparse: Path, trained: Path) -> None:
+    folder = sparse / "ckpt" / "sparse"
+    tensors, about = load_checkpoint(folder / "best.safetensors")
+    network = load_network(folder)
+    zeros, values = share(network)
+    assert zeros == round(0.6 * values) and about.best.epoch >= 2
+    assert isinstance(network.cosine, nn.Identity) and network.embedding.weight.shape == (128, 10)[::-1]
+    assert all((t > 0).all() for name, t in tensors.items() if name.endswith("running_var"))
+    start = load_checkpoint(trained / "ckpt" / "second" / "best.safetensors")[1]
+    assert about.start.identity == ("second", start.tensors) and about.teacher.stage == "first"
+    early, late = (load_file(folder / f"{name}.safetensors") for name in ("previous", "last"))
+    places = [name for name, t in early.items() if t.ndim > 1 and not name.startswith("momentum.")]
+    assert all(torch.equal(early[name] == 0, late[name] == 0) for name in places)  # of epochs 3 and 4
+    assert any(not torch.equal(early[name], late[name]) for name in places)
+
+
+def test_weights_come_from_the_start(trained: Path, tmp_path: Path) -> None:
+    """With a rate of next to nothing the network stays the one that it started from, its statistics made anew."""
+    (tmp_path / "stages.toml").write_text(
+        TINY.replace("[[2, 0.02], [3, 0.002]]", "[[3, 1e-30]]") + '[stage.third]\nnetwork = "ex"\nstart = "second"\n'
+    )
+    shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
+    result = invoke("run-stage", "third", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path / "ckpt")
+    assert result.exit_code == 0, result.output
+    ours, theirs = (load_checkpoint(tmp_path / "ckpt" / name / "best.safetensors")[0] for name in ("third", "second"))
+    for name in ours.keys() - {name for name in ours if name.endswith("tracked")}:
+        assert torch.equal(ours[name], theirs[name]) == ("running" not in name)
+
+
+def test_a_folded_classifier_answers_in_cosines(trained: Path) -> None:
+    network = load_network(trained / "ckpt" / "second")
+    pixels = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        cosines = network(micronet.normalize(pixels.float() / 255))
+        folded = micronet.fold_classifier(network, micronet.embedding_length(network, pixels))
+        answers = folded(micronet.normalize(pixels.float() / 255))
+    assert torch.equal(answers.argmax(1), cosines.argmax(1))
+    assert 0.9 < (answers.norm() / cosines.norm()).item() < 1.1
+    assert micronet.embedding_length(folded, pixels) == 1
+
+
+def test_a_pruned_stage_goes_on_to_the_same_bits_without_its_start(sparse: Path, tmp_path: Path) -> None:
+    """From the state of epoch 1, in the middle of pruning, and of epoch 3."""
+    whole = load_file(sparse / "ckpt" / "sparse" / "last.safetensors")
+    shutil.copytree(sparse / "ckpt" / "first", tmp_path / "ckpt" / "first")
+    shutil.copytree(sparse / "ckpt" / "second", tmp_path / "ckpt" / "second")
+    command = ("run-stage", "sparse", "--stages", sparse / "stages.toml", "--ckpt", tmp_path / "ckpt")
+
+    class Enough(Exception):
+        pass
+
+    def stop(folder: Path, stage: Stage, run: micronet.Run, save: Callable[..., None] = micronet.save_epoch) -> None:
+        save(folder, stage, run)
+        if len(run.history) in (1, 3) and len(run.history) not in stopped:
+            stopped.append(len(run.history))
+            raise Enough
+
+    stopped: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micronet, "save_epoch", stop)
+        for _ in range(2):
+            with pytest.raises(Enough):
+                invoke(*command)
+            reset_accelerate()
+            shutil.rmtree(tmp_path / "ckpt" / "second", ignore_errors=True)
+        assert invoke(*command).exit_code == 0 and stopped == [1, 3]
+    again = load_file(tmp_path / "ckpt" / "sparse" / "last.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_best_epoch_is_none_of_a_denser_network(sparse: Path) -> None:
+    """The first epoch, denser, is made the most accurate."""
+    stage = load_stages(sparse / "stages.toml")["sparse"]
+    accelerator = micronet.open_accelerator()
+    train, test = (micronet.load_images(stage, Path("data"), part) for part in ("train", "test"))
+    run = micronet.new_run(stage, accelerator, train, test)
+    run.teacher = build_network("efficientnet_b0", 10, 0.1, 0.1).eval()
+    accuracies = iter([90.0, 10.0, 5.0, 20.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micronet, "accuracy", lambda *_: micronet.Accuracy(next(accuracies), 100.0, 1.0))
+        done = [e.best.epoch for e in micronet.train_stage(stage, run) if isinstance(e, micronet.EpochDone)]
+    assert done == [1, 2, 2, 4]
+
+
+MISTAKES = {
+    'start = "nobody"': 'start = "nobody": expected another stage (first, second) or the path of a checkpoint',
+    'start = "sparse"': 'start = "sparse": expected no cycle, but it goes sparse -> sparse',
+    'start = "first"': 'network = "efficientnet_ex": expected that of its start first, "efficientnet_b0"',
+    'start = "second"\ndepth = 0.5': "depth = 0.5: expected that of its start second, 0.1",
+    "sparsity = 1": "sparsity = 1: expected a number from 0 to below 1",
+    "sparsity = 0.5\nprune_epochs = 4": "prune_epochs = 4: expected at most epochs = 3, and a sparsity above 0",
+    "prune_epochs = 2": "prune_epochs = 2: expected at most epochs = 3, and a sparsity above 0",
+}
+
+
+@pytest.mark.parametrize(("keys", "words"), MISTAKES.items())
+def test_mistakes_are_named(keys: str, words: str, write: Callable[..., Path]) -> None:
+    result = invoke("chain", "--stages", write(f'{TINY}[stage.sparse]\nnetwork = "ex"\n{keys}\n'), "--dry-run")
+    assert result.exit_code == 2 and f"stage sparse: {words}" in result.output
+
+
+def test_a_cycle_may_go_through_both_kinds_of_parents(write: Callable[..., Path]) -> None:
+    text = TINY.replace('network = "efficientnet_b0"', 'network = "efficientnet_b0"\nteacher = "third"')
+    result = invoke("chain", "--stages", write(text + '[stage.third]\nnetwork = "ex"\nstart = "second"\n'), "--dry-run")
+    words = 'stage first: teacher = "third": expected no cycle, but it goes first -> third -> second -> first'
+    assert result.exit_code == 2 and words in result.output
+
+
+def test_a_pruned_network_starts_none_that_is_denser(sparse: Path, tmp_path: Path) -> None:
+    for sparsity, code in ((0.5, 2), (0.6, 0)):
+        text = PRUNED + f'[stage.denser]\nnetwork = "ex"\nstart = "sparse"\nsparsity = {sparsity}\n'
+        (tmp_path / "stages.toml").write_text(text)
+        result = invoke("chain", "--stages", tmp_path / "stages.toml", "--ckpt", sparse / "ckpt", "--dry-run")
+        assert result.exit_code == code, result.output
+        assert code == 0 or "sparsity = 0.5: expected that of its start sparse, 0.6" in result.output
+
+
+def test_a_chain_trains_the_start_first_and_not_again(sparse: Path, tmp_path: Path) -> None:
+    """What a stage starts from is needed until it has kept an epoch, its teacher until its end."""
+    stages = load_stages(sparse / "stages.toml")
+
+    def chain() -> list[str]:
+        return [kept.stage.name for kept in micronet.kept_chain(stages, ["sparse"], tmp_path, anew=False)]
+
+    assert chain() == ["first", "second", "sparse"]
+    folder = tmp_path / "sparse"
+    folder.mkdir()
+    shutil.copy(sparse / "ckpt" / "sparse" / "previous.safetensors", folder / "last.safetensors")
+    assert chain() == ["first", "sparse"]
+    command = ("chain", "sparse", "--stages", sparse / "stages.toml", "--ckpt", tmp_path, "--dry-run")
+    assert invoke(*command).exit_code == 0
+    shutil.copy(sparse / "ckpt" / "sparse" / "last.safetensors", folder / "last.safetensors")
+    assert chain() == ["sparse"]
+
+
+def odd() -> dict[str, Tensor]:
+    """Weights of sizes that are no multiples of 8; sparse, dense, all zero, and a bias, which is never packed."""
+    first, empty = torch.zeros(3, 7), torch.zeros(5, 5)
+    first[0, 0], first[1, 1], first[2, 6] = 1.0, -2.0, 3.0
+    return {"first": first, "dense": torch.ones(3, 3), "empty": empty, "bias": torch.zeros(9)}
+
+
+def test_packed_by_hand() -> None:
+    """The highest bit of a mask's first byte is the first position; 21 positions take three bytes."""
+    packed = micronet.pack({name: tensor.half() for name, tensor in odd().items()})
+    assert packed.keys() == {"first", "first.mask", "dense", "empty", "empty.mask", "bias"}
+    assert packed["first"].tolist() == [1, -2, 3] and packed["first.mask"].tolist() == [0b10000000, 0b10000000, 0b1000]
+    assert packed["empty"].numel() == 0 and packed["empty.mask"].tolist() == [0] * 4
+    dense = micronet.unpack(Path("x"), packed, odd())
+    assert dense.keys() == odd().keys() and all(torch.equal(dense[name].float(), odd()[name]) for name in dense)
+
+
+DAMAGE = {
+    "a value less": lambda p: p | {"first": p["first"][:2]},
+    "a bit more": lambda p: p | {"first.mask": p["first.mask"] | 1},
+    "a bit past the end": lambda p: p | {"first.mask": torch.tensor([128, 128, 1], dtype=torch.uint8)},
+    "a byte more": lambda p: p | {"first.mask": nn.functional.pad(p["first.mask"], (0, 1))},
+    "another type": lambda p: p | {"first.mask": p["first.mask"].int()},
+    "values with a shape": lambda p: p | {"first": p["first"][:, None]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_masks_that_do_not_match_are_refused(damage: str) -> None:
+    packed = micronet.pack({name: tensor.half() for name, tensor in odd().items()})
+    with pytest.raises(micronet.Refused, match="x: first does not match its mask"):
+        micronet.unpack(Path("x"), DAMAGE[damage](packed), odd())
+
+
+def test_counted_bytes_are_stored_and_read_again(sparse: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sparse.safetensors"
+    result = invoke("export", sparse / "ckpt" / "sparse", out, "--data", tmp_path, "--json", "--card")
+    (result,) = json.loads(result.output)
+    stored = load_file(out)
+    assert sum(t.numel() * t.itemsize for t in stored.values()) == result["counted_bytes"] < 2 * result["bytes"]
+    assert result["agree"] >= 0.98 * result["images"] and result["bytes"] == out.stat().st_size
+    before, after = (share(load_network(path)) for path in (sparse / "ckpt" / "sparse", out))
+    assert before == after
+    assert "pruned: 60 % of the weights, over 2 epochs" in (tmp_path / "README.md").read_text()
+    (scored,) = json.loads(invoke("score", out, "--rules", "official", "--json").output)
+    assert 2 * scored["params"] + scored["mask_bits"] / 8 == result["counted_bytes"]
+
+
+def test_onnx_unpacks_to_the_graph_and_the_bits_of_the_dense_one(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    graphs, outputs = [], []
+    pixels = torch.randn(5, 3, 32, 32)
+    for name in ("packed", "dense"):
+        out, run = tmp_path / f"{name}.onnx", tmp_path / f"{name}.run.onnx"
+        result = invoke("export", sparse / "ckpt" / "sparse", out, "--data", tmp_path, "--json")
+        monkeypatch.setattr(micronet, "pack_onnx", lambda model: None)
+        (said,) = json.loads(result.output)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(run), 3
+        session = onnxruntime.InferenceSession(out, options, providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, {"images": pixels.numpy()})[0])
+        graphs.append([(node.op_type, len(node.input)) for node in onnx.load(run).graph.node])
+        onnx.checker.check_model(onnx.load(out), full_check=True)
+        assert name == "dense" or said["bytes"] == out.stat().st_size < said["counted_bytes"] + 20_000
+    assert graphs[0] == graphs[1] and (outputs[0] == outputs[1]).all()
+    assert (tmp_path / "packed.onnx").stat().st_size < 0.8 * (tmp_path / "dense.onnx").stat().st_size
