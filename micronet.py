@@ -2370,8 +2370,6 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     if card:
         check_output(out.with_name("labels.txt"), older=rf"\A{re.escape(labels)}\Z")
         check_output(out.with_name("README.md"))
-    if about.exported:
-        raise Misconfigured(f"{path}: exported already: name the checkpoint that it comes from")
     network = network_from(path, tensors, about)
     folded = fold_network(copy.deepcopy(network).double()).float()
     rounded = copy.deepcopy(folded).half().float()
@@ -2384,13 +2382,14 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         return None if on == "random images" else 100 * hits / len(cosines)
 
     # folded, cosines come times the length of the embedding, which differs from image to image
-    scale = stage.scale * (before.norm() / ours.norm()).item() if on != "random images" else None
+    own = about.exported.scale if about.exported else stage.scale
+    scale = own * (before.norm() / ours.norm()).item() if own and on != "random images" else None
     origin = Origin(path.name, about.tensors, None if on == "other images" else top1(predicted), scale)
     explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
     explained = replace(explained, input=Input(stage.side, "RGB", MEAN, STD))
     content, computes = export_network(out, folded, explained)
     after = outputs(out, computes, images.pixels, watch)
-    off = ((stage.scale * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
+    off = (((own or 0) * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
     result = {
         "file": str(out),
         "bytes": len(content),

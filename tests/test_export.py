@@ -113,7 +113,7 @@ def run(path: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def test_an_exported_checkpoint_is_evaluated_and_scored_but_neither_exported_again_nor_a_teacher(
+def test_an_exported_checkpoint_is_evaluated_scored_and_exported_as_another_kind_but_no_teacher(
     best: Path, exported: Exported, tmp_path: Path, write: Callable[..., Path]
 ) -> None:
     out, _ = exported["safetensors"]
@@ -125,8 +125,12 @@ def test_an_exported_checkpoint_is_evaluated_and_scored_but_neither_exported_aga
     scores = json.loads(invoke("score", out, best, "--rules", "official", "--json").stdout)
     assert scores[0]["params"] == total_size(tensors) < scores[1]["params"]
     assert [score["top1"] for score in scores] == [tested["top1"], read_metadata(best).best.top1]
-    again = invoke("export", out, tmp_path / "again.onnx")
-    assert again.exit_code == 2 and "exported already" in again.stderr
+    again, (onnx, said) = tmp_path / "again.onnx", exported["onnx"]
+    (result,) = json.loads(invoke("export", out, again, "--json").stdout)
+    assert all(result[name] == said[name] for name in ("counted_bytes", "images", "on", "top1"))
+    assert result["top1_before"] == tested["top1"] and result["agree"] == 50 and result["difference"] < 1e-4
+    assert torch.equal(run(again, images := torch.randn(3, 3, 32, 32)), run(onnx, images))
+    assert read_metadata(out).exported.scale == pytest.approx(micronet.open_network(again)[1].exported.scale)
     stages = write(TINY.replace('teacher = "first"', f'teacher = "{out}"'))
     result = invoke("run-stage", "second", "--stages", stages, "--ckpt", tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (2, 1) and "with no cosines" in result.stderr
