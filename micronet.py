@@ -62,6 +62,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -74,6 +75,7 @@ import socket
 import statistics
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import tomllib
@@ -1430,6 +1432,8 @@ def count_officially(operation: Operation) -> Cost:
     what, x, n, folded = operation.what, operation.inputs, operation.outputs, operation.folded
     if operation.again:
         return count_officially(operation._replace(again=False))._replace(params=0, mask_bits=0)
+    if isinstance(what, nn.Module) and any(p.dtype.itemsize < 2 for p in what.parameters()):
+        raise TypeError("no rule to count int8: the free 16 bits of all others would be lost")
     match what:
         case nn.Conv2d() | nn.Linear():
             values, mask_bits = stored(what.weight)
@@ -1469,14 +1473,9 @@ def count_alike(operation: Operation) -> Cost:
 
 
 def stored(weight: Tensor) -> tuple[int, int]:  # values, bits of the mask
-    """Return what storing a weight takes, dense or as nonzero values and a mask, whichever is less.
-
-    Raises TypeError for values of less than 16 bits, with which the free 16 bits of all others would be lost.
-    """
-    if weight.dtype.itemsize < 2:
-        raise TypeError(f"no rule to count {weight.dtype}")
-    values, size = int(weight.count_nonzero()), weight.numel()
-    return (values, size) if 16 * values + size < 16 * size else (size, 0)
+    """Return what storing a weight takes at 16 bits or less, dense or as nonzero values and a mask, if that is less."""
+    values, size, bits = int(weight.count_nonzero()), weight.numel(), min(16, 8 * weight.dtype.itemsize)
+    return (values, size) if bits * values + size < bits * size else (size, 0)
 
 
 RULES = {"seed": count_by_seed, "official": count_officially}
@@ -1559,6 +1558,7 @@ class Origin(NamedTuple):
     sha256: str  # of the file, or of the tensors of a checkpoint
     top1: float | None = None  # of the exported network, percent
     scale: float | None = None  # of its outputs before softmax, for the checkpoint's probabilities on average
+    bits: int = 16  # of its weights
 
 
 class Input(NamedTuple):
@@ -2357,13 +2357,14 @@ class Shipped(nn.Module):
 EXPORTS = (".safetensors", ".onnx", ".pt2")
 
 
-def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: bool) -> dict[str, Any]:
+def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: bool, bits: int) -> dict[str, Any]:
     """Fold a checkpoint's network, write it to `out` and compare what the file computes with the checkpoint.
 
-    On the images that its epochs were tested on where they are at hand, on random images where not. A `card` is
-    written beside it, with a list of classes. Nothing is written unless the export does what it should; raises Failure.
+    On the images that its epochs were tested on where they are at hand, on random images where not; weights of 8 `bits`
+    are scaled on training images. A `card` is written beside it, with a list of classes. Nothing is written unless the
+    export does what it should; raises Failure.
     """
-    check_export(out)
+    check_export(out, bits)
     path = checkpoint_file(path)
     tensors, about = load_checkpoint(path)
     labels = "".join(f"{name}\n" for name in about.class_names)
@@ -2375,6 +2376,11 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     rounded = copy.deepcopy(folded).half().float()
     stage, cost = about.stage, total_cost(layer_costs(rounded, "official").values())
     images, on = images_at_hand(about, data, watch)
+    model = None
+    if bits == 8:
+        train = load_images(replace(stage, train_images=min(CALIBRATED_ON, stage.train_size)), data, "train", watch)
+        model = quantized(to_onnx(folded), normalize(train.pixels.float() / 255))
+        rounded = functools.partial(run_onnx, open_onnx(out, model.SerializeToString()))
     before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, rounded))
 
     def top1(cosines: Tensor) -> float | None:
@@ -2384,16 +2390,16 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     # folded, cosines come times the length of the embedding, which differs from image to image
     own = about.exported.scale if about.exported else stage.scale
     scale = own * (before.norm() / ours.norm()).item() if own and on != "random images" else None
-    origin = Origin(path.name, about.tensors, None if on == "other images" else top1(predicted), scale)
+    origin = Origin(path.name, about.tensors, None if on == "other images" else top1(predicted), scale, bits)
     explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
     explained = replace(explained, input=Input(stage.side, "RGB", MEAN, STD))
-    content, computes = export_network(out, folded, explained)
+    content, computes = export_network(out, folded, explained, model)
     after = outputs(out, computes, images.pixels, watch)
     off = (((own or 0) * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
     result = {
         "file": str(out),
         "bytes": len(content),
-        "counted_bytes": cost.bytes,
+        "counted_bytes": sum(onnx_tensor(each).nbytes for each in model.graph.initializer) if model else cost.bytes,
         "images": len(before),
         "on": on,
         "agree": int((after.argmax(1) == before.argmax(1)).sum()),
@@ -2402,7 +2408,8 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         "top1_before": top1(before),
         "top1": top1(after),
         "probabilities_off": {"mean": off.mean().item(), "most": off.max().item()} if scale else None,
-        "score": cost.score if stage.is_scored else None,
+        "score": cost.score if stage.is_scored and not model else None,
+        "milliseconds": latencies([to_onnx(folded).SerializeToString(), content], images.pixels[:1]) if model else None,
     }
     write_output(out, content)
     if card and labels:
@@ -2527,10 +2534,12 @@ def outputs(
     return found
 
 
-def check_export(target: Path) -> None:
+def check_export(target: Path, bits: int) -> None:
     """Raise Misconfigured where an export would not do: another ending, a missing package, over another file."""
     if target.suffix not in EXPORTS:
         raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
+    if bits not in (8, 16) or bits == 8 and target.suffix != ".onnx":
+        raise Misconfigured(f"--bits {bits}: expected 16, or 8 for a name that ends in .onnx")
     check_output(target, older=r'\\?"exported\\?": {')
     if target.suffix == ".onnx":
         check_packages(target, "onnxscript", "onnxruntime")  # torch.onnx needs the first, the comparison the second
@@ -2543,33 +2552,76 @@ def check_packages(path: Path, *packages: str) -> None:
             raise Misconfigured(f"{path}: the package {package} is missing: uv sync --extra onnx")
 
 
-def export_network(path: Path, network: nn.Module, metadata: Metadata) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    """Return a file of a folded network with 16-bit weights and what it, read again, computes."""
+def export_network(
+    path: Path, network: nn.Module, metadata: Metadata, model: Any = None
+) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+    """Return a file of a folded network with 16-bit weights, or of an ONNX model, and what it, read again, computes."""
     if path.suffix == ".safetensors":
         content = to_bytes(pack(network.half().state_dict()), metadata)[0]
         return content, network_from(path, *parse_checkpoint(path, content))
-    example = torch.zeros(2, 3, network.side, network.side)
-    batch = {0: torch.export.Dim("N", min=1)}
     explained = json.dumps(plain(metadata), sort_keys=True)
     if path.suffix == ".onnx":
-        content = export_onnx(Shipped(network), example, batch, explained)
+        # optimize=False, as constant folding would make the weights 32 bits wide
+        model = model or to_onnx(Shipped(network), side=network.side, optimize=False)
+        pack_onnx(model)
+        shorten(model.graph)
+        model.metadata_props.add(key="micronet", value=explained)
+        content = model.SerializeToString()
         return content, functools.partial(run_onnx, open_onnx(path, content))
-    program, buffer = torch.export.export(Shipped(network), (example,), dynamic_shapes=(batch,)), io.BytesIO()
+    example, batch = an_image(network.side)
+    program, buffer = torch.export.export(Shipped(network), example, dynamic_shapes=batch), io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tensors that are views
         torch.export.save(program, buffer, extra_files={"micronet": explained})
     return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
-def export_onnx(shipped: Shipped, example: Tensor, batch: dict[int, Any], explained: str) -> bytes:
-    """Return an ONNX file, `images` (N, 3, side, side) to `logits` (N, K)."""
-    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
-    # optimize=False, as constant folding would make the weights 32 bits wide
-    program = torch.onnx.export(shipped, (example,), dynamo=True, optimize=False, verbose=False, **names)
-    model = program.model_proto
-    pack_onnx(model)
-    shorten(model.graph)
-    model.metadata_props.add(key="micronet", value=explained)
-    return model.SerializeToString()
+def an_image(side: int) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
+    """Return arguments of a network and their shapes that vary, to export it by."""
+    return (torch.zeros(2, 3, side, side),), ({0: torch.export.Dim("N", min=1)},)
+
+
+def to_onnx(network: nn.Module, side: int | None = None, optimize: bool = True) -> Any:
+    """Return a network as an ONNX model, `images` (N, 3, side, side) to `logits` (N, K)."""
+    example, batch = an_image(side or network.side)
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": batch}
+    return torch.onnx.export(network, example, dynamo=True, optimize=optimize, verbose=False, **names).model_proto
+
+
+CALIBRATED_ON = 1000  # images at most
+
+
+def quantized(model: Any, images: Tensor) -> Any:
+    """Return an ONNX model whose weights and activations have 8 bits, scaled by what they are on images (N, 3, H, W).
+
+    By onnxruntime's static quantisation: weights by channel, activations by their least and greatest value.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    batches = iter([{"images": batch.contiguous().numpy()} for batch in images.split(100)])
+    reader = SimpleNamespace(get_next=lambda: next(batches, None))
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
+        onnx.save(model, source)
+        logging.disable()  # what it says of pre-processing, which the exporter has done
+        try:
+            quantize_static(source, target, reader, per_channel=True, **types)
+        finally:
+            logging.disable(logging.NOTSET)
+        return onnx.load(target)
+
+
+def latencies(files: list[bytes], pixels: Tensor) -> list[float]:
+    """Return how long onnxruntime takes for an image (1, 3, H, W) by each file, in ms: medians of runs in turns."""
+    sessions = [open_onnx(Path("image"), content) for content in files]
+    image, times = normalize(pixels.float() / 255), [[] for _ in files]
+    for _ in range(110):
+        for session, each in zip(sessions, times):
+            start = time.perf_counter()
+            run_onnx(session, image)
+            each.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(each[10:]) for each in times]
 
 
 def shorten(graph: Any) -> None:
@@ -2588,35 +2640,43 @@ def shorten(graph: Any) -> None:
     del graph.value_info[:], graph.metadata_props[:]
 
 
+def onnx_tensor(tensor: Any) -> Tensor:
+    """Return what an initializer of an ONNX graph holds."""
+    from onnx import numpy_helper
+
+    return torch.from_numpy(numpy_helper.to_array(tensor).copy())
+
+
 def pack_onnx(model: Any) -> None:
-    """Keep a model's weights of 16 bits as `pack` does, unpacked by a function that runtimes fold when they load it."""
+    """Keep a model's weights of 16 or 8 bits as `pack` does; a function unpacks them, which runtimes fold on loading."""
     from onnx import helper, numpy_helper, parser
 
-    graph = model.graph
-    held = {each.name: each for each in graph.initializer}
-    weights = {name: torch.from_numpy(numpy_helper.to_array(each).copy()) for name, each in held.items()}
-    packed = pack({name: weight for name, weight in weights.items() if weight.dtype == torch.half})
-    masks = {name.removesuffix(MASK): mask for name, mask in packed.items() if name.endswith(MASK)}
-    nodes = []
-    for name, mask in masks.items():
-        (cast,) = [node for node in graph.node if name in node.input]  # to 32 bits, which is all that reads it
+    graph, nodes, kinds = model.graph, [], set()
+    held = {each.name: each for each in graph.initializer if each.data_type in NARROW_TYPES}
+    weights = {name: onnx_tensor(each) for name, each in held.items()}
+    packed = pack(weights)
+    for name, mask in ((name, packed[name + MASK]) for name in weights if name + MASK in packed):
         values = F.pad(packed[name], (0, 1))  # what positions after the last value look up, and do not take
         inputs = {f"{name}.values": values, name + MASK: mask, f"{name}.shape": torch.tensor(weights[name].shape)}
         graph.initializer.remove(held[name])
         graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), at) for at, tensor in inputs.items())
-        nodes.append(helper.make_node("Unpack", list(inputs), list(cast.output), domain="micronet"))
-        graph.node.remove(cast)
+        nodes.append(helper.make_node(f"Unpack{held[name].data_type}", list(inputs), [name], domain="micronet"))
+        kinds.add(held[name].data_type)
     if nodes:
         nodes += graph.node
         del graph.node[:]
         graph.node.extend(nodes)
         opset = next(each.version for each in model.opset_import if not each.domain)
-        model.functions.append(parser.parse_function(UNPACK.replace("OPSET", str(opset))))
+        for kind in kinds:
+            model.functions.append(
+                parser.parse_function(UNPACK.replace("OPSET", f"{opset}").replace("TYPE", f"{kind}"))
+            )
         model.opset_import.append(helper.make_opsetid("micronet", 1))
 
 
+NARROW_TYPES = (3, 10)  # of ONNX: INT8 and FLOAT16
 UNPACK = """<domain: "micronet", opset_import: ["": OPSET]>
-Unpack (values, mask, shape) => (weight) {
+UnpackTYPE (values, mask, shape) => (weight) {
     bits = Constant <value = uint8[8] {128, 64, 32, 16, 8, 4, 2, 1}> ()
     column = Constant <value = int64[2] {-1, 1}> ()
     flat = Constant <value = int64[1] {-1}> ()
@@ -2634,7 +2694,8 @@ Unpack (values, mask, shape) => (weight) {
     padded = Where (found, spread, nil)
     size = ReduceProd (shape)
     dense = Slice (padded, begin, size)
-    weight = Reshape (dense, shape)
+    shaped = Reshape (dense, shape)
+    weight = Cast <to = TYPE> (shaped)
 }"""
 
 
@@ -4089,6 +4150,8 @@ def export_table(results: list[dict[str, Any]]) -> Table:
             table.add_row("probabilities off by, mean and most", f"{off['mean']:.3f}, {off['most']:.3f}")
         if r["score"] is not None:
             table.add_row("official score", f"{r['score']:.6f}")
+        if r["milliseconds"]:
+            table.add_row("ms an image, at 32 and 8 bits", ", ".join(f"{ms:.2f}" for ms in r["milliseconds"]))
     return table
 
 
@@ -4884,13 +4947,16 @@ def export(
         "data"
     ),
     card: Annotated[bool, typer.Option("--card", help="Write README.md and labels.txt beside it, too.")] = False,
+    bits: Annotated[
+        int, typer.Option("--bits", help="Of its weights: 16, or 8 in an .onnx, whose activations then have 8, too.")
+    ] = 16,
     as_json: AsJson = False,
 ) -> None:
     """Write a network as it ships, and check what was written. Batch norm and classifier are folded, weights 16-bit.
 
     Example: micronet.py export ckpt/ex shipped/ex.onnx --card
     """
-    render([export_checkpoint(checkpoint, out, data, progress, card)], export_table, as_json)
+    render([export_checkpoint(checkpoint, out, data, progress, card, bits)], export_table, as_json)
 
 
 @command("import", computes=True)

@@ -282,6 +282,32 @@ def test_counted_bytes_are_stored_and_read_again(sparse: Path, tmp_path: Path) -
     assert 2 * scored["params"] + scored["mask_bits"] / 8 == result["counted_bytes"]
 
 
+def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_path: Path) -> None:
+    """Weights by channel, activations by their range on training images; the same bytes every time."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    outs = [tmp_path / f"{n}.onnx" for n in range(2)]
+    said = [json.loads(invoke("export", sparse / "ckpt" / "sparse", o, "--bits", 8, "--json").output)[0] for o in outs]
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    result, graph = said[0], onnx.load(outs[0]).graph
+    stored = [onnx.numpy_helper.to_array(each) for each in graph.initializer]
+    assert result["counted_bytes"] == sum(each.nbytes for each in stored) < result["bytes"] == outs[0].stat().st_size
+    kinds = {node.op_type for node in graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear", "Unpack3"} <= kinds and not any(w.dtype == "float16" for w in stored)
+    assert result["agree"] >= 0.8 * result["images"] and len(result["milliseconds"]) == 2 and result["score"] is None
+    network, about = micronet.open_network(outs[0])
+    assert about.exported.bits == 8 and about.exported.top1 == result["top1"]
+    images = micronet.normalize(micronet.synthetic_images(20, False).pixels.float() / 255)  # which it is scaled for
+    with torch.no_grad():
+        exact = micronet.fold_network(load_network(sparse / "ckpt" / "sparse"))(images)
+    assert (network(images) - exact).norm() < 0.2 * exact.norm()
+
+
+@pytest.mark.parametrize(("out", "bits"), [("x.safetensors", 8), ("x.pt2", 8), ("x.onnx", 4)])
+def test_bits_are_16_or_8_in_an_onnx(out: str, bits: int, sparse: Path, tmp_path: Path) -> None:
+    result = invoke("export", sparse / "ckpt" / "sparse", tmp_path / out, "--bits", bits)
+    assert result.exit_code == 2 and f"--bits {bits}: expected 16, or 8 for a name that ends in .onnx" in result.stderr
+
+
 def test_onnx_unpacks_to_the_graph_and_the_bits_of_the_dense_one(
     sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

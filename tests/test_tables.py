@@ -25,7 +25,7 @@ def kept(stage: Stage, top1: list[float], best: int, cost: Cost, teacher: Parent
     """Return a stage whose epochs have come to these accuracies."""
     history = tuple(record(n + 1, value) for n, value in enumerate(top1))
     tested = [micronet.tested_at(history[epoch - 1]) for epoch in (best, len(history))]
-    return Kept(stage, Metadata(stage, (), len(history), *tested, history, teacher, cost, FACTS), state)
+    return Kept(stage, Metadata(stage, (), len(history), *tested, history, teacher, None, cost, FACTS), state)
 
 
 FACTS = Facts("CPU (x86_64)", 2, 1, 3, "AVX2", "bf16", "inductor", {"torch": "2"}, "0a1b2c")
@@ -71,7 +71,7 @@ ACCURACY = {"checkpoint": "a", "network": "efficientnet_ex", "dataset": "cifar10
             "top5": 95.12, "loss": 0.8765, "precision": "bf16"}  # fmt: skip
 EXPORT = {"file": "ex.onnx", "bytes": 5_432_109, "counted_bytes": 5_304_584.0, "images": 9_999, "on": "test images",
           "agree": 9_876, "difference": 0.0123, "largest": 4.56, "top1_before": 80.12, "top1": 79.34,
-          "score": 0.072284, "probabilities_off": {"mean": 0.0123, "most": 0.4567}}  # fmt: skip
+          "score": 0.072284, "probabilities_off": {"mean": 0.0123, "most": 0.4567}, "milliseconds": [1.23, 4.56]}  # fmt: skip
 SPEED = {"stage": "exx", "network": "efficientnet_ex", "teacher": "b0", "device": "a GPU", "precision": "bf16",
          "processes": 2, "threads": 3, "compile": None, "batch_size": 128, "images_per_second": 1234.56,
          "seconds": {"views": 0.001, "teacher": 0.0022, "forward": 0.0033, "backward": 0.0044, "optimizer": 0.0055},
@@ -126,7 +126,8 @@ TABLES = {  # by the beginning of its title
         bytes of its values         | 5,304,584                  || predictions as before | 9,876 of 9,999 test images
         largest difference of an output | 0.012                  || largest output                  | 4.6
         top-1 before, as exported   | 80.12 %, 79.34 %
-        probabilities off by, mean and most | 0.012, 0.457         || official score                | 0.072284"""),
+        probabilities off by, mean and most | 0.012, 0.457         || official score                | 0.072284
+        ms an image, at 32 and 8 bits | 1.23, 4.56"""),
     "Training speed": (micronet.speed_table([SPEED]), """
                          | exx    || network             | ex       || teacher             | b0
         device           | a GPU  || precision, compiled | bf16, no || processes x threads | 2 x 3
