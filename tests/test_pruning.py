@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, build_network, invoke, reset_accelerate
+from conftest import ROOT, TINY, build_network, invoke, reset_accelerate
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -329,3 +329,17 @@ def test_onnx_unpacks_to_the_graph_and_the_bits_of_the_dense_one(
         assert name == "dense" or said["bytes"] == out.stat().st_size < said["counted_bytes"] + 20_000
     assert graphs[0] == graphs[1] and (outputs[0] == outputs[1]).all()
     assert (tmp_path / "packed.onnx").stat().st_size < 0.8 * (tmp_path / "dense.onnx").stat().st_size
+
+
+def test_the_stages_for_the_board_score_what_they_are_called() -> None:
+    """With the weights that they begin with; those of fast.toml are its own."""
+    stages, fast = (load_stages(ROOT / f"{name}.toml") for name in ("tiny", "fast"))
+    assert {name: stages[name] for name in ("b3", "exx")} == {name: fast[name] for name in ("b3", "exx")}
+    pruned = [stage for stage in stages.values() if stage.sparsity]
+    assert len(pruned) == 6
+    for stage in pruned:
+        torch.manual_seed(0)
+        network = micronet.build_network(stage)
+        prune(network, stage.sparsity)
+        cost = micronet.total_cost(micronet.layer_costs(micronet.fold_network(network.eval()), "official").values())
+        assert cost.score == pytest.approx(int(stage.name.split("_")[1]) / 10_000, abs=5e-5)
