@@ -4010,7 +4010,9 @@ CELLS: dict[
     str, Callable[[Kept, dict[str, Kept]], str | Text]
 ] = {  # by heading, from a stage and all that stand beside it
     "stage": lambda kept, _: kept.stage.name,
-    "network": lambda kept, _: short(kept.stage.network),
+    "network": lambda kept, _: (
+        short(kept.stage.network) + f", {100 * kept.stage.sparsity:g} % zero" * (kept.stage.sparsity > 0)
+    ),
     "teacher": lambda kept, _: kept.stage.teacher or "-",
     "taught by": lambda kept, others: taught_by(kept, others),
     "state": lambda kept, _: Text(f"{SIGNS[kept.state][0]} {kept.state}", SIGNS[kept.state][1]),
@@ -4214,7 +4216,8 @@ def predictions_table(results: list[dict[str, Any]]) -> Table:
 def stages_as_json(kept: list[Kept]) -> list[dict[str, Any]]:
     """Return what stages have come to, with every epoch's figures."""
     return [
-        {"stage": each.stage.name, "network": each.stage.network, "teacher": each.stage.teacher, "state": each.state}
+        {name: getattr(each.stage, name) for name in ("network", "teacher", "start", "sparsity")}
+        | {"stage": each.stage.name, "state": each.state}
         | {"failure": each.failure, "epoch": len(each.history), "epochs": each.stage.epochs, "seconds": each.seconds}
         | {name: plain(getattr(each.metadata, name)) for name in ("best", "last", "history")}
         for each in kept

@@ -109,6 +109,8 @@ def test_a_pruned_stage_ends_at_its_sparsity_and_starts_from_another(sparse: Pat
     assert all((t > 0).all() for name, t in tensors.items() if name.endswith("running_var"))
     start = load_checkpoint(trained / "ckpt" / "second" / "best.safetensors")[1]
     assert about.start.identity == ("second", start.tensors) and about.teacher.stage == "first"
+    assert "ex, 60 % zero" in invoke("show", "--ckpt", sparse / "ckpt").output
+    assert json.loads(invoke("show", "--ckpt", sparse / "ckpt", "--json").output)[-1]["sparsity"] == 0.6
     early, late = (load_file(folder / f"{name}.safetensors") for name in ("previous", "last"))
     places = [name for name, t in early.items() if t.ndim > 1 and not name.startswith("momentum.")]
     assert all(torch.equal(early[name] == 0, late[name] == 0) for name in places)  # of epochs 3 and 4

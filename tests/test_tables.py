@@ -203,7 +203,7 @@ def test_stages_as_json() -> None:
     first, second = micronet.stages_as_json([KEPT[0], replace(KEPT[1], failure="full")])
     assert (first["stage"], first["teacher"], first["failure"]) == ("b0", None, None)
     assert second == {
-        "stage": "a-long-name", "network": "efficientnet_exx", "teacher": "b0", "state": "stopped", "failure": "full",
+        "stage": "a-long-name", "network": "efficientnet_exx", "teacher": "b0", "start": None, "sparsity": 0.0, "state": "stopped", "failure": "full",
         "epoch": 2, "epochs": 70, "seconds": 43.0, "best": {"epoch": 1, "top1": 44.0, "top5": 72.0},
         "last": {"epoch": 2, "top1": 42.0, "top5": 71.0}, "history": [r._asdict() for r in KEPT[1].history],
     }  # fmt: skip
