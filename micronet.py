@@ -18,7 +18,7 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
     micronet.py predict ex.onnx photo.jpg       the likeliest classes of an image
 
 The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
-Networks, Losses and, in Training, `train_stage`. The program around it: Cost (what a network costs), Files (a
+Networks, Losses and, in Training, `train_stage` and `prune`. The program around it: Cost (what a network costs), Files (a
 checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
 files in), Speed, Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their
 own) and Commands.
@@ -267,7 +267,8 @@ class Stage:
     sparsity: float = key(number(lambda v: 0 <= v < 1, "from 0 to below 1"), default=0.0)
     """Share of the weights of convolutions and linear layers, but the first, that are zero in the end (see `prune`).
 
-    Above 0 the classifier is one linear layer from the beginning: folded afterwards it would not be sparse.
+    Above 0 the classifier is one linear layer from the beginning, as folded afterwards it would not be sparse. Its
+    outputs stand for the cosines, also where `margin` is subtracted, but no length keeps them in [-1, 1].
     """
 
     prune_epochs: int = key(whole(1), default=1)
@@ -465,9 +466,10 @@ def stage_from(where: str, name: str, values: dict[str, Any], scan: Callable[[st
     ):
         if (getattr(stage, name) or 0) > most:
             raise unacceptable(where, name, getattr(stage, name), f"at most {words}")
-    if stage.prune_epochs > (stage.epochs if stage.sparsity else 1):
-        words = f"at most epochs = {stage.epochs}, and a sparsity above 0"
-        raise unacceptable(where, "prune_epochs", stage.prune_epochs, words)
+    if stage.prune_epochs > 1 and not stage.sparsity:
+        raise unacceptable(where, "prune_epochs", stage.prune_epochs, "a sparsity above 0 with it")
+    if stage.prune_epochs > stage.epochs:
+        raise unacceptable(where, "prune_epochs", stage.prune_epochs, f"at most epochs = {stage.epochs}")
     if isinstance(stage.lr, Schedule):
         if stage.lr.warmup_epochs >= stage.epochs:
             raise unacceptable(where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}")
@@ -486,20 +488,22 @@ def check_parents(path: Path, stage: Stage, stages: dict[str, Stage]) -> None:
             others = ", ".join(other for other in stages if other != stage.name) or "there is none"
             raise unacceptable(where, role, name, f"another stage ({others}) or the path of a checkpoint")
         if cycle := way(stages, name, stage.name):
-            words = " -> ".join([stage.name, *cycle])
-            raise unacceptable(where, role, name, f"no cycle, but it goes {words}")
+            raise unacceptable(where, role, name, f"no cycle, but it goes {' -> '.join([stage.name, *cycle])}")
         if different := differing(stage, stages[name], role):
-            key, own, its = different
-            raise unacceptable(where, key, own, f"that of its {role} {name}, {shown(its)}")
+            what, own, its = different
+            more = " or more" if what == "sparsity" else ""
+            raise unacceptable(where, what, own, f"that of its {role} {name}, {shown(its)}{more}")
 
 
-def way(stages: dict[str, Stage], name: str, goal: str, passed: tuple[str, ...] = ()) -> tuple[str, ...]:
+def way(stages: dict[str, Stage], name: str, goal: str) -> tuple[str, ...]:
     """Return the names from one stage to another, each a parent of the one before it; empty if there is no such way."""
-    passed = (*passed, name)
-    if name == goal:
-        return passed
-    parents = stages[name].parents.values() if name in stages else ()
-    return next(filter(None, (way(stages, each, goal, passed) for each in parents if each not in passed)), ())
+    ways, todo = {name: (name,)}, [name]
+    for each in todo:  # which grows
+        for parent in stages[each].parents.values():
+            if parent in stages and parent not in ways:
+                ways[parent] = (*ways[each], parent)
+                todo.append(parent)
+    return ways.get(goal, ())
 
 
 def differing(stage: Stage, parent: Stage, role: str) -> tuple[str, Any, Any] | None:
@@ -1118,7 +1122,10 @@ class WideDepthwise(Function):
 
 
 class GlobalAverage(nn.AdaptiveAvgPool2d):
-    """The mean of each channel, whose gradient stays one value a channel until it meets another: a pass less."""
+    """The mean of each channel. In training its gradient stays one value a channel until it meets another: a pass less.
+
+    In evaluation it is one operator, which exports as one.
+    """
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -1184,8 +1191,16 @@ class Cosine(nn.Module):
             return (F.normalize(x.float()) @ F.normalize(self.kernel.float(), dim=0)).clamp(-1, 1)
 
 
+class Classifier(nn.Linear):
+    """Embedding and `Cosine` folded into one layer, in float32 as that is: (N, C) to (N, K)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class EfficientNet(nn.Sequential):
-    """Normalised images (N, 3, side, side) to cosines (N, K)."""
+    """Normalised images (N, 3, side, side) to cosines (N, K), or what stands for them where the classifier is folded."""
 
     def __init__(self, stage: Stage, stochastic_depth: float) -> None:
         super().__init__()
@@ -1254,7 +1269,7 @@ def fold_classifier(network: EfficientNet, length: float = 1.0) -> EfficientNet:
     """
     if isinstance(network.cosine, Cosine):
         weight, kernel = network.embedding.weight, F.normalize(network.cosine.kernel, dim=0) / length
-        linear = nn.Linear(weight.shape[1], kernel.shape[1], dtype=weight.dtype)
+        linear = Classifier(weight.shape[1], kernel.shape[1], dtype=weight.dtype)
         linear.weight.data, linear.bias.data = kernel.T @ weight, kernel.T @ network.embedding.bias
         network.embedding, network.cosine = linear, nn.Identity()
     return network
@@ -1615,11 +1630,13 @@ class Metadata:
             "top-1 or top-5": all(0 <= a <= 100 for a in accuracies if a is not None),
             "epoch": 1 <= self.epoch <= (n or self.stage.epochs),
             "last": not n or self.last == tested[-1],
-            "best": 1 <= self.best.epoch <= self.last.epoch and (not n or self.best in tested),
+            "best": 1 <= self.best.epoch <= self.last.epoch
+            and (not n or self.best in tested and self.best.epoch >= min(n, self.stage.prune_epochs)),
             "class_names": (len(self.class_names) == self.stage.classes or not self.class_names and not n)
             and (not self.stage.folder or self.stage.folder.class_names == self.class_names),
             "parents": bool(self.imported) or self.parents.keys() == self.stage.parents.keys(),
-            "origin": [n > 0, self.exported is not None, self.imported is not None].count(True) == 1,
+            "origin": (n > 0) != (self.exported is not None or self.imported is not None),
+            "exported": self.exported is None or self.exported.bits in (8, 16),
             "cost": (self.cost and self.facts and self.images) is not None or not n,
             "best_network": self.best_network is None or n > 0,
             "input": (self.input and self.input.side) == (self.exported and self.stage.side),
@@ -1856,7 +1873,7 @@ def load_network(path: Path | str) -> EfficientNet:
     """Return the network of a checkpoint in evaluation mode, on the CPU and in float32.
 
     Called with normalised images (N, 3, side, side) it returns cosines (N, K); an exported one returns cosines times a
-    positive factor of the image's own. Raises Refused.
+    positive factor of the image's own, a pruned one what stands for them (see `Stage.sparsity`). Raises Refused.
     """
     return network_from(Path(path), *load_checkpoint(Path(path)))
 
@@ -1889,9 +1906,9 @@ def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def unpack(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo `pack`, to tensors of the shapes that are expected; raises Refused where mask and values do not match."""
-    dense = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASK)}
+    dense = dict(tensors)  # masks of what is not expected stay in it, and are not expected
     for name in dense.keys() & expected.keys():
-        if (mask := tensors.get(name + MASK)) is not None:
+        if (mask := dense.pop(name + MASK, None)) is not None:
             size, values = expected[name].numel(), dense[name]
             sound = mask.dtype == torch.uint8 and mask.shape == (math.ceil(size / 8),) and values.ndim == 1
             bits = (mask[:, None] >> torch.arange(7, -1, -1) & 1).bool().flatten() if sound else mask
@@ -2060,9 +2077,10 @@ def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, ane
 
 
 def needed(kept: Kept) -> dict[str, str]:
-    """Return the parents that a stage still needs: its teacher to its end, the network that it starts from till then."""
-    begun = kept.is_finished and ("teacher", "start") or kept.history and ("start",) or ()
-    return {role: name for role, name in kept.stage.parents.items() if role not in begun}
+    """Return the parents that a stage still needs: its teacher to its end, its start until it has kept an epoch."""
+    if kept.is_finished:
+        return {}
+    return {role: name for role, name in kept.stage.parents.items() if not (role == "start" and kept.history)}
 
 
 def kept_stages(ckpt: Path) -> tuple[list[Kept], list[str]]:
@@ -2131,8 +2149,9 @@ def find_parent(stage: Stage, role: str, ckpt: Path) -> tuple[Path, Metadata]:
     if state and about.stage.name == state.metadata.stage.name and not Kept(about.stage, state.metadata).is_finished:
         raise Misconfigured(f"stage {stage.name}: its {role} {name} is not finished: `chain` does that first")
     if different := differing(stage, about.stage, role):
-        name, own, found = different
-        raise Refused(f"{path}: {name} = {shown(found)}: expected {shown(own)}, as stage {stage.name} has it")
+        what, own, found = different
+        less = " or less" if what == "sparsity" else ""
+        raise Refused(f"{path}: {what} = {shown(found)}: expected {shown(own)}{less}, as stage {stage.name} has it")
     return path, about
 
 
@@ -2346,7 +2365,7 @@ class Shipped(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network.half()
+        self.network, self.side = network.half(), network.side
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -2375,13 +2394,14 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     folded = fold_network(copy.deepcopy(network).double()).float()
     rounded = copy.deepcopy(folded).half().float()
     stage, cost = about.stage, total_cost(layer_costs(rounded, "official").values())
-    images, on = images_at_hand(about, data, watch)
-    model = None
+    model, computed = None, rounded
     if bits == 8:
-        train = load_images(replace(stage, train_images=min(CALIBRATED_ON, stage.train_size)), data, "train", watch)
-        model = quantized(to_onnx(folded), normalize(train.pixels.float() / 255))
-        rounded = functools.partial(run_onnx, open_onnx(out, model.SerializeToString()))
-    before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, rounded))
+        few = replace(stage, train_images=min(CALIBRATED_ON, stage.train_size))
+        exact = to_onnx(folded).SerializeToString()
+        model = quantized(exact, load_images(few, data, "train", watch).pixels)
+        computed = functools.partial(run_onnx, open_onnx(out, model.SerializeToString()))
+    images, on = images_at_hand(about, data, watch)
+    before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, computed))
 
     def top1(cosines: Tensor) -> float | None:
         hits = int((cosines.argmax(1) == images.labels).sum())
@@ -2391,13 +2411,14 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     own = about.exported.scale if about.exported else stage.scale
     scale = own * (before.norm() / ours.norm()).item() if own and on != "random images" else None
     origin = Origin(path.name, about.tensors, None if on == "other images" else top1(predicted), scale, bits)
-    explained = replace(about, history=(), cost=None, scaler=None, best_network=None, imported=None, exported=origin)
+    explained = replace(about, history=(), cost=None, scaler=None, best_network=None, exported=origin)
     explained = replace(explained, input=Input(stage.side, "RGB", MEAN, STD))
     content, computes = export_network(out, folded, explained, model)
     after = outputs(out, computes, images.pixels, watch)
     off = (((own or 0) * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
     result = {
         "file": str(out),
+        "bits": bits,
         "bytes": len(content),
         "counted_bytes": sum(onnx_tensor(each).nbytes for each in model.graph.initializer) if model else cost.bytes,
         "images": len(before),
@@ -2409,7 +2430,7 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         "top1": top1(after),
         "probabilities_off": {"mean": off.mean().item(), "most": off.max().item()} if scale else None,
         "score": cost.score if stage.is_scored and not model else None,
-        "milliseconds": latencies([to_onnx(folded).SerializeToString(), content], images.pixels[:1]) if model else None,
+        "milliseconds": latencies([exact, content], images.pixels[:1]) if model else None,
     }
     write_output(out, content)
     if card and labels:
@@ -2436,9 +2457,12 @@ def model_card(out: Path, about: Metadata, scale: float | None, cost: Cost, resu
     pruned = f", pruned: {pruning(stage)}" if stage.sparsity else ""
     source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}{pruned}"
     chosen = ""
-    if about.images and result["on"].startswith(stage.tested_on):  # a state holds the last epoch's network
-        chosen = f" of epoch {about.epoch}, the last" if about.best_network else ", on which its epoch was chosen"
-    score = f"| MicroNet score | {result['score']:.4f} |\n" if stage.is_scored else ""
+    if about.images and result["on"].startswith(stage.tested_on):
+        is_last = about.epoch == about.last.epoch
+        chosen = f" of epoch {about.epoch}, the last" if is_last else ", on which its epoch was chosen"
+    score = f"| MicroNet score | {result['score']:.4f} |\n" if result["score"] is not None else ""
+    half = ", a multiplication of 16 bits counting half" if result["bits"] == 16 else ""
+    ops = cost.ops if result["bits"] == 16 else cost.ops_32bit
     order = ", in the order of labels.txt" if about.class_names else ""
     softmax = f" Softmax of {scale:.4g} x the outputs gives rough probabilities." if scale else ""
     return f"""---
@@ -2456,7 +2480,8 @@ tags: [efficientnet]
 | top-1 of {out.name} | {"not measured" if top1 is None else f"{percent(top1)} of {on}{chosen}"} |
 | parameters | {cost.params:,} |
 | multiply-accumulates | {cost.flops:,} |
-| operations, a multiplication of 16 bits counting half | {cost.ops:,.0f} |
+| operations{half} | {ops:,.0f} |
+| bits of a weight | {result["bits"]} |
 | bytes | {result["bytes"]:,} |
 {score}
 **Input** (N, 3, {stage.side}, {stage.side}) float32: the middle square of an image, turned as its EXIF data say and
@@ -2561,49 +2586,57 @@ def export_network(
         return content, network_from(path, *parse_checkpoint(path, content))
     explained = json.dumps(plain(metadata), sort_keys=True)
     if path.suffix == ".onnx":
-        # optimize=False, as constant folding would make the weights 32 bits wide
-        model = model or to_onnx(Shipped(network), side=network.side, optimize=False)
+        model = model or to_onnx(Shipped(network))
         pack_onnx(model)
         shorten(model.graph)
         model.metadata_props.add(key="micronet", value=explained)
         content = model.SerializeToString()
         return content, functools.partial(run_onnx, open_onnx(path, content))
-    example, batch = an_image(network.side)
+    example, batch = example_of(network)
     program, buffer = torch.export.export(Shipped(network), example, dynamic_shapes=batch), io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # of tensors that are views
         torch.export.save(program, buffer, extra_files={"micronet": explained})
     return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
-def an_image(side: int) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
-    """Return arguments of a network and their shapes that vary, to export it by."""
-    return (torch.zeros(2, 3, side, side),), ({0: torch.export.Dim("N", min=1)},)
+def example_of(network: EfficientNet | Shipped) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
+    """Return arguments of a network and which of their dimensions vary, to export it by."""
+    return (torch.zeros(2, 3, network.side, network.side),), ({0: torch.export.Dim("N", min=1)},)
 
 
-def to_onnx(network: nn.Module, side: int | None = None, optimize: bool = True) -> Any:
+def to_onnx(network: EfficientNet | Shipped) -> Any:
     """Return a network as an ONNX model, `images` (N, 3, side, side) to `logits` (N, K)."""
-    example, batch = an_image(side or network.side)
+    example, batch = example_of(network)
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": batch}
-    return torch.onnx.export(network, example, dynamo=True, optimize=optimize, verbose=False, **names).model_proto
+    folds = not isinstance(network, Shipped)  # constant folding would make its weights 32 bits wide
+    return torch.onnx.export(network, example, dynamo=True, optimize=folds, verbose=False, **names).model_proto
 
 
 CALIBRATED_ON = 1000  # images at most
 
 
-def quantized(model: Any, images: Tensor) -> Any:
-    """Return an ONNX model whose weights and activations have 8 bits, scaled by what they are on images (N, 3, H, W).
+def quantized(
+    model: bytes,
+    pixels: Tensor,  # (N, 3, H, W) uint8
+) -> Any:
+    """Return an ONNX model with weights and activations of 8 bits, scaled by what they are on some images.
 
     By onnxruntime's static quantisation: weights by channel, activations by their least and greatest value.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
 
-    batches = iter([{"images": batch.contiguous().numpy()} for batch in images.split(100)])
-    reader = SimpleNamespace(get_next=lambda: next(batches, None))
+    batches = iter(pixels.split(tested_at_once(pixels)))
+
+    def following() -> dict[str, Any] | None:
+        batch = next(batches, None)
+        return None if batch is None else {"images": normalize(batch.float() / 255).contiguous().numpy()}
+
+    reader = SimpleNamespace(get_next=following)
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
-        onnx.save(model, source)
+        Path(source).write_bytes(model)
         logging.disable()  # what it says of pre-processing, which the exporter has done
         try:
             quantize_static(source, target, reader, per_channel=True, **types)
@@ -2628,15 +2661,15 @@ def shorten(graph: Any) -> None:
     """Take what no runtime needs out of an ONNX graph: where nodes come from, shapes between them, long names."""
     names = {kept: kept for kept in ("", "images", "logits")}
 
-    def short(name: str) -> str:
+    def brief(name: str) -> str:
         return names.setdefault(name, f"{len(names):x}")
 
     for node in graph.node:
         node.ClearField("metadata_props")
         node.ClearField("name")
-        node.input[:], node.output[:] = map(short, node.input), map(short, node.output)
+        node.input[:], node.output[:] = map(brief, node.input), map(brief, node.output)
     for weight in graph.initializer:
-        weight.name = short(weight.name)
+        weight.name = brief(weight.name)
     del graph.value_info[:], graph.metadata_props[:]
 
 
@@ -2651,7 +2684,7 @@ def pack_onnx(model: Any) -> None:
     """Keep a model's weights of 16 or 8 bits as `pack` does; a function unpacks them, which runtimes fold on loading."""
     from onnx import helper, numpy_helper, parser
 
-    graph, nodes, kinds = model.graph, [], set()
+    graph, nodes = model.graph, []
     held = {each.name: each for each in graph.initializer if each.data_type in NARROW_TYPES}
     weights = {name: onnx_tensor(each) for name, each in held.items()}
     packed = pack(weights)
@@ -2660,23 +2693,19 @@ def pack_onnx(model: Any) -> None:
         inputs = {f"{name}.values": values, name + MASK: mask, f"{name}.shape": torch.tensor(weights[name].shape)}
         graph.initializer.remove(held[name])
         graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), at) for at, tensor in inputs.items())
-        nodes.append(helper.make_node(f"Unpack{held[name].data_type}", list(inputs), [name], domain="micronet"))
-        kinds.add(held[name].data_type)
+        nodes.append(helper.make_node("Unpack", list(inputs), [name], domain="micronet"))
     if nodes:
         nodes += graph.node
         del graph.node[:]
         graph.node.extend(nodes)
         opset = next(each.version for each in model.opset_import if not each.domain)
-        for kind in kinds:
-            model.functions.append(
-                parser.parse_function(UNPACK.replace("OPSET", f"{opset}").replace("TYPE", f"{kind}"))
-            )
+        model.functions.append(parser.parse_function(UNPACK.replace("OPSET", f"{opset}")))
         model.opset_import.append(helper.make_opsetid("micronet", 1))
 
 
 NARROW_TYPES = (3, 10)  # of ONNX: INT8 and FLOAT16
 UNPACK = """<domain: "micronet", opset_import: ["": OPSET]>
-UnpackTYPE (values, mask, shape) => (weight) {
+Unpack (values, mask, shape) => (weight) {
     bits = Constant <value = uint8[8] {128, 64, 32, 16, 8, 4, 2, 1}> ()
     column = Constant <value = int64[2] {-1, 1}> ()
     flat = Constant <value = int64[1] {-1}> ()
@@ -2695,7 +2724,7 @@ UnpackTYPE (values, mask, shape) => (weight) {
     size = ReduceProd (shape)
     dense = Slice (padded, begin, size)
     shaped = Reshape (dense, shape)
-    weight = Cast <to = TYPE> (shaped)
+    weight = CastLike (shaped, values)
 }"""
 
 
@@ -2785,7 +2814,7 @@ class Run:
     teacher: nn.Module | None = None
     parents: dict[str, Parent] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
-    best: Record | None = None  # of the history, the first of equals
+    best: Record | None = None  # of the history, the first of equals; the last while the stage prunes
     best_network: str = ""  # SHA-256 of its tensors, once it is kept
     written: Metadata | None = None  # of last.safetensors, as this run found or wrote it
     notes: list[str] = field(default_factory=list)  # what the user must know before it goes on
@@ -2863,12 +2892,12 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
                     accelerator.backward(loss)
                     run.optimizer.step()
                     run.optimizer.zero_grad()
-                if pruned:
-                    with torch.no_grad():
-                        torch._foreach_mul_(pruned, masks)  # pruned is pruned, whatever the gradient says
                 hits = (cosines.detach().argmax(1) == labels).sum()
                 totals += torch.stack([loss.detach() * len(labels), hits])
                 bad = torch.where((bad == 0) & ~loss.detach().isfinite(), step + 1, bad)
+            if pruned:
+                with torch.no_grad():
+                    torch._foreach_mul_(pruned, masks)  # whatever the gradient says
             if step % 100 == 99:
                 check_steps(stage, epoch, bad)
             yield Stepped(epoch, step + 1, lr, totals, (step + 1) * parts * share)
@@ -2930,8 +2959,9 @@ def prune(network: nn.Module, sparsity: float) -> tuple[list[Tensor], list[Tenso
     """Set the least important of a network's weights to zero; return what may be pruned and masks of what is not.
 
     Of convolutions and linear layers but the first, ranked over all layers by LAMP, each value's square over the sum
-    of those in its layer that are not smaller [11]: in float64 on the CPU, so that all processes and a resumed run
-    prune the same ones. A zero ranks lowest, so that no mask need be kept. Returns empty lists at 0.
+    of those in its layer that are not smaller, among equals that come later [11]: in float64 on the CPU, so that all
+    processes and a resumed run prune the same ones. A zero stays one, so that no mask need be kept. Returns empty
+    lists at 0.
     """
     if not sparsity:
         return [], []
@@ -2942,8 +2972,10 @@ def prune(network: nn.Module, sparsity: float) -> tuple[list[Tensor], list[Tenso
         ranks.append(torch.empty_like(squares))
         ranks[-1][order] = squares / squares.flip(0).cumsum(0).flip(0).clamp(min=torch.finfo(torch.double).tiny)
     every = torch.cat(ranks)
-    highest = every.kthvalue(max(1, round(sparsity * len(every)))).values  # of those that go
-    masks = [(rank > highest).view(weight.shape).to(weight) for rank, weight in zip(ranks, weights)]
+    kept = every > 0
+    kept[every.argsort(stable=True)[: round(sparsity * len(every))]] = False
+    each = zip(weights, kept.split([weight.numel() for weight in weights]))
+    masks = [torch.empty_like(weight).copy_(mask.view(weight.shape)) for weight, mask in each]  # laid out alike
     with torch.no_grad():
         torch._foreach_mul_(weights, masks)
     return weights, masks
@@ -2960,7 +2992,8 @@ def debias_statistics(network: nn.Module) -> None:
     """Take what batch norm's running statistics began with, mean 0 and variance 1, out of them.
 
     After t batches they still hold (1 - momentum)^t of it: nothing in a long epoch, but enough to spoil every test of
-    a short one. Called once, it leaves them a weighted mean of what was seen, and later batches keep them one.
+    a short one. Called once after `reset_statistics` or the beginning, it leaves them a weighted mean of what was
+    seen, and later batches keep them one.
     """
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -3176,9 +3209,7 @@ def embedding_length(network: EfficientNet, pixels: Tensor) -> float:
     """Return the mean length of a network's embeddings of images, 1 where its classifier is folded."""
     if not isinstance(network.cosine, Cosine):
         return 1.0
-    with torch.no_grad():
-        embeddings = nn.Sequential(*list(network.eval())[:-1])(normalize(pixels.float() / 255))
-    return embeddings.norm(dim=1).mean().item()
+    return outputs(Path("start"), nn.Sequential(*list(network.eval())[:-1]), pixels).norm(dim=1).mean().item()
 
 
 def restore(run: Run, state: State) -> None:
@@ -3191,6 +3222,7 @@ def restore(run: Run, state: State) -> None:
     if run.accelerator.scaler and state.metadata.scaler:
         run.accelerator.scaler.load_state_dict(state.metadata.scaler)
     run.history = list(state.metadata.history)
+    run.best = run.history[state.metadata.best.epoch - 1]
 
 
 def save_epoch(folder: Path, stage: Stage, run: Run) -> None:

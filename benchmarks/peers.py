@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -44,7 +43,7 @@ class Logits(nn.Module):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.network, self.scale = build_network(stage), stage.scale
+        self.network, self.scale = build_network(stage, stage.stochastic_depth), stage.scale
         self.num_classes, self.in_chans = stage.classes, 3
         self.pretrained_cfg = {"input_size": (3, stage.side, stage.side), "mean": MEAN, "std": STD, "crop_pct": 1.0}
 
@@ -100,7 +99,7 @@ def measure_timm(script: Path, stage: Stage, teacher: Stage, data: Path, workers
         return Logits(stage)
 
     def micronet_teacher(**_: object) -> nn.Module:
-        network = Logits(replace(teacher, scale=stage.scale))
+        network = Logits(teacher)
         network.register_forward_hook(meter.teach)
         return network
 
@@ -158,8 +157,11 @@ def main() -> None:
         stage = find_stage(stages, options.stage)
     except Failure as failure:
         sys.exit(str(failure))
-    if stage.teacher not in stages or len(stage.views) > 1 or not stage.dataset.startswith("cifar"):
-        sys.exit(f"stage {stage.name}: expected a teacher of {stages_file}, one view and CIFAR")
+    plain = len(stage.views) == 1 and stage.dataset.startswith("cifar") and not (stage.start or stage.sparsity)
+    if stage.teacher not in stages or not plain:
+        sys.exit(
+            f"stage {stage.name}: expected a teacher of {stages_file}, one view and CIFAR, no start and no sparsity"
+        )
     if options.only_timm:
         teacher = stages[stage.teacher]
         print(json.dumps(measure_timm(script, stage, teacher, data, options.workers, options.steps)))

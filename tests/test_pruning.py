@@ -70,6 +70,32 @@ def test_lamp_by_hand() -> None:
     assert prune(network, 0.0) == ([], [])
 
 
+def test_the_last_weight_goes_no_later_than_asked() -> None:
+    """The largest weight of every layer has rank 1: among them the first ones go, not all."""
+    network = nn.Sequential(*[nn.Conv2d(1, 2, 1) for _ in range(5)])
+    prune(network, 6 / 8)
+    assert share(network) == (6, 8) and [int((w != 0).sum()) for w in weights_of(network)] == [2, 0, 0, 1, 1]
+    prune(network, 2 / 8)  # fewer than are zero already
+    weights, masks = prune(network, 2 / 8)
+    assert share(network) == (6, 8) and all(torch.equal(w != 0, m != 0) for w, m in zip(weights, masks))
+
+
+def test_a_folded_classifier_answers_in_float32_whatever_the_precision() -> None:
+    network = micronet.build_network(Stage("s", network="efficientnet_ex", width=0.1, depth=0.1, sparsity=0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network.eval()(torch.randn(2, 3, 32, 32))
+    assert outputs.dtype == torch.float32 and not torch.equal(outputs, outputs.bfloat16().float())
+
+
+def test_many_stages_are_checked_in_no_time(write: Callable[..., Path]) -> None:
+    """Each taught by the one before it, which it also starts from: 2^300 ways."""
+    text = TINY.replace("[stage.second]\n", "[stage.s0]\n").replace('teacher = "first"', "")
+    for n in range(1, 300):
+        text += f'[stage.s{n}]\nnetwork = "ex"\nteacher = "s{n - 1}"\nstart = "s{n - 1}"\n'
+    stages = load_stages(write(text))
+    assert micronet.with_parents(stages, ["s299"])[-1].name == "s299" and len(stages) == 301
+
+
 def test_lamp_against_its_formula_in_another_order() -> None:
     torch.manual_seed(0)
     network = build_network("efficientnet_ex", width=0.1, depth=0.1)
@@ -105,7 +131,7 @@ def test_a_pruned_stage_ends_at_its_sparsity_and_starts_from_another(sparse: Pat
     network = load_network(folder)
     zeros, values = share(network)
     assert zeros == round(0.6 * values) and about.best.epoch >= 2
-    assert isinstance(network.cosine, nn.Identity) and network.embedding.weight.shape == (128, 10)[::-1]
+    assert isinstance(network.cosine, nn.Identity) and network.embedding.weight.shape == (10, 128)
     assert all((t > 0).all() for name, t in tensors.items() if name.endswith("running_var"))
     start = load_checkpoint(trained / "ckpt" / "second" / "best.safetensors")[1]
     assert about.start.identity == ("second", start.tensors) and about.teacher.stage == "first"
@@ -191,8 +217,8 @@ MISTAKES = {
     'start = "first"': 'network = "efficientnet_ex": expected that of its start first, "efficientnet_b0"',
     'start = "second"\ndepth = 0.5': "depth = 0.5: expected that of its start second, 0.1",
     "sparsity = 1": "sparsity = 1: expected a number from 0 to below 1",
-    "sparsity = 0.5\nprune_epochs = 4": "prune_epochs = 4: expected at most epochs = 3, and a sparsity above 0",
-    "prune_epochs = 2": "prune_epochs = 2: expected at most epochs = 3, and a sparsity above 0",
+    "sparsity = 0.5\nprune_epochs = 4": "prune_epochs = 4: expected at most epochs = 3",
+    "prune_epochs = 2": "prune_epochs = 2: expected a sparsity above 0 with it",
 }
 
 
@@ -215,7 +241,13 @@ def test_a_pruned_network_starts_none_that_is_denser(sparse: Path, tmp_path: Pat
         (tmp_path / "stages.toml").write_text(text)
         result = invoke("chain", "--stages", tmp_path / "stages.toml", "--ckpt", sparse / "ckpt", "--dry-run")
         assert result.exit_code == code, result.output
-        assert code == 0 or "sparsity = 0.5: expected that of its start sparse, 0.6" in result.output
+        assert code == 0 or "sparsity = 0.5: expected that of its start sparse, 0.6 or more" in result.output
+    text = text.replace('start = "sparse"', f'start = "{sparse / "ckpt" / "sparse"}"').replace("= 0.6\n", "= 0.5\n")
+    (tmp_path / "stages.toml").write_text(text)
+    command = ("run-stage", "denser", "--stages", tmp_path / "stages.toml", "--ckpt", sparse / "ckpt")
+    result = invoke(*command)
+    words = "sparse/best.safetensors: sparsity = 0.6: expected 0.5 or less, as stage denser has it"
+    assert result.exit_code == 3 and words in result.output
 
 
 def test_a_chain_trains_the_start_first_and_not_again(sparse: Path, tmp_path: Path) -> None:
@@ -255,6 +287,7 @@ def test_packed_by_hand() -> None:
 
 DAMAGE = {
     "a value less": lambda p: p | {"first": p["first"][:2]},
+    "a mask of nothing": lambda p: p | {"ghost.mask": p["first.mask"]},
     "a bit more": lambda p: p | {"first.mask": p["first.mask"] | 1},
     "a bit past the end": lambda p: p | {"first.mask": torch.tensor([128, 128, 1], dtype=torch.uint8)},
     "a byte more": lambda p: p | {"first.mask": nn.functional.pad(p["first.mask"], (0, 1))},
@@ -266,8 +299,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_masks_that_do_not_match_are_refused(damage: str) -> None:
     packed = micronet.pack({name: tensor.half() for name, tensor in odd().items()})
-    with pytest.raises(micronet.Refused, match="x: first does not match its mask"):
-        micronet.unpack(Path("x"), DAMAGE[damage](packed), odd())
+    network = nn.Module()
+    network.state_dict = odd
+    words = "ghost.mask is not in this network" if "nothing" in damage else "first does not match its mask"
+    with pytest.raises(micronet.Refused, match=f"x: {words}"):
+        micronet.fill_network(Path("x"), network, micronet.unpack(Path("x"), DAMAGE[damage](packed), odd()))
 
 
 def test_counted_bytes_are_stored_and_read_again(sparse: Path, tmp_path: Path) -> None:
@@ -294,7 +330,7 @@ def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_pat
     stored = [onnx.numpy_helper.to_array(each) for each in graph.initializer]
     assert result["counted_bytes"] == sum(each.nbytes for each in stored) < result["bytes"] == outs[0].stat().st_size
     kinds = {node.op_type for node in graph.node}
-    assert {"QuantizeLinear", "DequantizeLinear", "Unpack3"} <= kinds and not any(w.dtype == "float16" for w in stored)
+    assert {"QuantizeLinear", "DequantizeLinear", "Unpack"} <= kinds and not any(w.dtype == "float16" for w in stored)
     assert result["agree"] >= 0.8 * result["images"] and len(result["milliseconds"]) == 2 and result["score"] is None
     network, about = micronet.open_network(outs[0])
     assert about.exported.bits == 8 and about.exported.top1 == result["top1"]
@@ -345,3 +381,18 @@ def test_the_stages_for_the_board_score_what_they_are_called() -> None:
         prune(network, stage.sparsity)
         cost = micronet.total_cost(micronet.layer_costs(micronet.fold_network(network.eval()), "official").values())
         assert cost.score == pytest.approx(int(stage.name.split("_")[1]) / 10_000, abs=5e-5)
+
+
+@pytest.mark.parametrize(("bits", "score", "ops"), [(16, 0.0123, "25"), (8, None, "40")])
+def test_a_card_tells_bits_and_counts_what_they_earn(bits: int, score: float | None, ops: str) -> None:
+    """A scored network; at 8 bits the free 16 are lost, and there is no rule yet."""
+    tested = micronet.Tested(3, 70.0, 90.0)
+    stage = Stage("s", network="efficientnet_ex", sparsity=0.8, prune_epochs=2, epochs=3)
+    about = micronet.Metadata(stage, (), 3, tested, tested, images={"test": "0"})
+    cost = micronet.Cost(params=10, flops=20, mults=30, adds=10)
+    result = {"bits": bits, "score": score, "top1": 69.5, "images": 100, "on": "test images", "bytes": 77}
+    card = micronet.model_card(Path("x.onnx"), about, 1.5, cost, result)
+    assert ("| MicroNet score | 0.0123 |" in card) == (bits == 16) and f"| bits of a weight | {bits} |" in card
+    half = ", a multiplication of 16 bits counting half" * (bits == 16)
+    assert f"| operations{half} | {ops} |" in card and "of 100 test images of epoch 3, the last" in card
+    assert "pruned: 80 % of the weights, over 2 epochs" in card
