@@ -105,7 +105,8 @@ from rich.text import Text
 if __name__ == "__main__" and not TYPE_CHECKING:
     # The program's own copy of this file only parses, checks and prints, which must not wait seconds for torch:
     # its Networks room stays a shell, and commands that compute run in the module `micronet` (see `command`).
-    nn = SimpleNamespace(Module=object, Sequential=object, Conv2d=object, AdaptiveAvgPool2d=object)
+    shell = ("Module", "Sequential", "Conv2d", "Linear", "AdaptiveAvgPool2d")
+    nn = SimpleNamespace(**dict.fromkeys(shell, object))
     Function = object
 else:
     import torch
@@ -514,8 +515,7 @@ def differing(stage: Stage, parent: Stage, role: str) -> tuple[str, Any, Any] | 
     if role == "start":
         keys |= {"network": lambda s: s.network, "width": lambda s: s.multipliers[0]}
         keys |= {"depth": lambda s: s.multipliers[1]}
-        if parent.sparsity:
-            keys["sparsity"] = lambda s: min(s.sparsity, parent.sparsity)  # a weight that is zero stays so
+        keys["sparsity"] = lambda s: min(s.sparsity, parent.sparsity)  # a weight that is zero stays so
     pairs = ((name, value(stage), value(parent)) for name, value in keys.items())
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
@@ -1895,7 +1895,7 @@ def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and stored(tensor)[1]:
-            flat = tensor.contiguous().flatten()
+            flat = tensor.flatten()
             bits = F.pad(flat != 0, (0, -len(flat) % 8)).view(-1, 8)
             packed[name] = flat[flat != 0]
             packed[name + MASK] = (bits << torch.arange(7, -1, -1)).sum(1, dtype=torch.uint8)
@@ -1910,7 +1910,8 @@ def unpack(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) 
     for name in dense.keys() & expected.keys():
         if (mask := dense.pop(name + MASK, None)) is not None:
             size, values = expected[name].numel(), dense[name]
-            sound = mask.dtype == torch.uint8 and mask.shape == (math.ceil(size / 8),) and values.ndim == 1
+            sound = mask.dtype == torch.uint8 and mask.shape == (math.ceil(size / 8),)
+            sound = sound and values.ndim == 1 < expected[name].ndim
             bits = (mask[:, None] >> torch.arange(7, -1, -1) & 1).bool().flatten() if sound else mask
             if not sound or int(bits.sum()) != int(bits[:size].sum()) or int(bits.sum()) != len(values):
                 raise Refused(f"{path}: {name} does not match its mask")
@@ -2385,6 +2386,8 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     """
     check_export(out, bits)
     path = checkpoint_file(path)
+    if out.resolve() == path.resolve():
+        raise Misconfigured(f"{out}: is what is to be exported: expected another name")
     tensors, about = load_checkpoint(path)
     labels = "".join(f"{name}\n" for name in about.class_names)
     if card:
@@ -4983,7 +4986,10 @@ def export(
     ),
     card: Annotated[bool, typer.Option("--card", help="Write README.md and labels.txt beside it, too.")] = False,
     bits: Annotated[
-        int, typer.Option("--bits", help="Of its weights: 16, or 8 in an .onnx, whose activations then have 8, too.")
+        int,
+        typer.Option(
+            "--bits", help="Of its weights: 16; or 8 in an .onnx, and of its activations, scaled on training images."
+        ),
     ] = 16,
     as_json: AsJson = False,
 ) -> None:

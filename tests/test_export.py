@@ -18,6 +18,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import BinaryIO
@@ -131,6 +132,12 @@ def test_an_exported_checkpoint_is_evaluated_scored_and_exported_as_another_kind
     assert result["top1_before"] == tested["top1"] and result["agree"] == 50 and result["difference"] < 1e-4
     assert torch.equal(run(again, images := torch.randn(3, 3, 32, 32)), run(onnx, images))
     assert read_metadata(out).exported.scale == pytest.approx(micronet.open_network(again)[1].exported.scale)
+    itself = invoke("export", out, out)
+    assert itself.exit_code == 2 and "is what is to be exported" in itself.stderr
+    drawn = replace(metadata, exported=metadata.exported._replace(scale=None))  # on random images
+    micronet.save_checkpoint(tmp_path / "drawn.safetensors", tensors, drawn)
+    (result,) = json.loads(invoke("export", tmp_path / "drawn.safetensors", tmp_path / "x.onnx", "--json").stdout)
+    assert result["probabilities_off"] is None
     stages = write(TINY.replace('teacher = "first"', f'teacher = "{out}"'))
     result = invoke("run-stage", "second", "--stages", stages, "--ckpt", tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (2, 1) and "with no cosines" in result.stderr

@@ -63,6 +63,14 @@ def test_wide_depthwise_weights_have_their_own_gradient_on_a_cpu() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outputs = layer(x)
     assert outputs.dtype == torch.bfloat16 and "Convolution" in type(outputs.grad_fn).__name__
+    frozen, biased = (Conv2dSame(16, 16, 5, 1, 16) for _ in "12")
+    frozen.weight.requires_grad_(False)
+    biased.bias = nn.Parameter(torch.ones(16))
+    for other in (frozen, biased, Conv2dSame(16, 16, 5, 1, 2)):
+        assert "Convolution" in type(other(x.requires_grad_()).grad_fn).__name__
+    torch.testing.assert_close(biased(x), F.conv2d(x, biased.weight, biased.bias, padding=2, groups=16))
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
     outputs.sum().backward()
     assert layer.weight.grad.abs().sum() > 0
     exported = torch.export.export(Conv2dSame(16, 16, 5, 2, 16).eval(), (x,))

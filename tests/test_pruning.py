@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import micronet
-from micronet import Stage, load_checkpoint, load_network, load_stages, prune, sparsity_at
+from micronet import Stage, load_checkpoint, load_network, load_stages, prune, read_metadata, sparsity_at
 
 PRUNED = (
     TINY
@@ -68,6 +69,15 @@ def test_lamp_by_hand() -> None:
         assert all(torch.equal(w, w * m) for w, m in zip(weights, masks))
     assert torch.equal(network[0].weight, first) and share(network) == (5, 7)
     assert prune(network, 0.0) == ([], [])
+
+
+def test_a_layer_without_a_weight_left_breaks_nothing() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1))
+    nn.init.zeros_(network[1].weight)
+    nn.init.ones_(network[2].weight)
+    weights, masks = prune(network, 10 / 16)
+    assert share(network) == (10, 16) and not masks[0].any() and all(w.isfinite().all() for w in weights)
+    assert prune(network, 0.01)[1][1].sum() == 6  # a share that comes to no weight prunes none
 
 
 def test_the_last_weight_goes_no_later_than_asked() -> None:
@@ -137,6 +147,8 @@ def test_a_pruned_stage_ends_at_its_sparsity_and_starts_from_another(sparse: Pat
     assert about.start.identity == ("second", start.tensors) and about.teacher.stage == "first"
     assert "ex, 60 % zero" in invoke("show", "--ckpt", sparse / "ckpt").output
     assert json.loads(invoke("show", "--ckpt", sparse / "ckpt", "--json").output)[-1]["sparsity"] == 0.6
+    steps = {int(t) for name, t in load_file(folder / "last.safetensors").items() if name.endswith("tracked")}
+    assert steps == {3 * 6}  # of epochs 2, the last that pruned, to 4
     early, late = (load_file(folder / f"{name}.safetensors") for name in ("previous", "last"))
     places = [name for name, t in early.items() if t.ndim > 1 and not name.startswith("momentum.")]
     assert all(torch.equal(early[name] == 0, late[name] == 0) for name in places)  # of epochs 3 and 4
@@ -166,6 +178,42 @@ def test_a_folded_classifier_answers_in_cosines(trained: Path) -> None:
     assert torch.equal(answers.argmax(1), cosines.argmax(1))
     assert 0.9 < (answers.norm() / cosines.norm()).item() < 1.1
     assert micronet.embedding_length(folded, pixels) == 1
+    stage = replace(read_metadata(trained / "ckpt" / "second").stage, sparsity=1e-9)
+    images = micronet.Images(pixels, torch.zeros(100, dtype=torch.int64), [])
+    start = load_network(trained / "ckpt" / "second")
+    run = micronet.new_run(stage, micronet.open_accelerator(), images, images, start)
+    with torch.no_grad():
+        torch.testing.assert_close(run.student.eval()(micronet.normalize(pixels.float() / 255)), answers)
+
+
+def test_a_start_is_refused_as_a_teacher_is(sparse: Path, tmp_path: Path) -> None:
+    """An export, a stage that is not finished, the stage's own file, a file of another width."""
+    ckpt = shutil.copytree(sparse / "ckpt", tmp_path / "ckpt")
+    invoke("export", ckpt / "second", tmp_path / "out.safetensors", "--data", tmp_path)
+    shutil.copy(ckpt / "second" / "previous.safetensors", ckpt / "second" / "last.safetensors")
+    (ckpt / "own").mkdir()
+    shutil.copy(ckpt / "first" / "best.safetensors", ckpt / "own" / "best.safetensors")
+    for start, width, code, words in (
+        (tmp_path / "out.safetensors", 0.1, 2, "is exported, with no cosines"),
+        ("second", 0.1, 2, "its start second is not finished"),
+        (ckpt / "sparse", 0.2, 3, "width = 0.1: expected 0.2, as stage own has it"),
+        (tmp_path / "none.safetensors", 0.1, 2, "is not there: train it first"),
+    ):
+        text = PRUNED + f'[stage.own]\nnetwork = "ex"\nstart = "{start}"\nsparsity = 0.6\nwidth = {width}\n'
+        (tmp_path / "stages.toml").write_text(text)
+        shutil.rmtree(ckpt / "own", ignore_errors=True)
+        result = invoke("run-stage", "own", "--stages", tmp_path / "stages.toml", "--ckpt", ckpt)
+        assert (result.exit_code, result.output.count("\n")) == (code, 1) and words in result.output
+        reset_accelerate()
+
+
+def test_a_start_that_the_stage_does_not_name_contradicts(sparse: Path) -> None:
+    about = read_metadata(sparse / "ckpt" / "sparse")
+    for wrong in (replace(about, start=None), replace(about, stage=replace(about.stage, start=None))):
+        with pytest.raises(ValueError, match="parents contradicts"):
+            wrong.check()
+    with pytest.raises(ValueError, match="best contradicts"):
+        replace(about, best=micronet.tested_at(about.history[0])).check()
 
 
 def test_a_pruned_stage_goes_on_to_the_same_bits_without_its_start(sparse: Path, tmp_path: Path) -> None:
@@ -205,16 +253,24 @@ def test_the_best_epoch_is_none_of_a_denser_network(sparse: Path) -> None:
     run = micronet.new_run(stage, accelerator, train, test)
     run.teacher = build_network("efficientnet_b0", 10, 0.1, 0.1).eval()
     accuracies = iter([90.0, 10.0, 5.0, 20.0])
+    calls: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(micronet, "accuracy", lambda *_: micronet.Accuracy(next(accuracies), 100.0, 1.0))
+        for name in ("reset_statistics", "debias_statistics"):  # each epoch that prunes begins and ends with one
+            note = lambda network, name=name, real=getattr(micronet, name): (
+                calls.append((name, len(run.history))) or real(network)
+            )  # noqa: E501, E731
+            patch.setattr(micronet, name, note)
         done = [e.best.epoch for e in micronet.train_stage(stage, run) if isinstance(e, micronet.EpochDone)]
     assert done == [1, 2, 2, 4]
+    assert calls == [(f"{name}_statistics", done) for done in (0, 1) for name in ("reset", "debias")]
 
 
 MISTAKES = {
     'start = "nobody"': 'start = "nobody": expected another stage (first, second) or the path of a checkpoint',
     'start = "sparse"': 'start = "sparse": expected no cycle, but it goes sparse -> sparse',
     'start = "first"': 'network = "efficientnet_ex": expected that of its start first, "efficientnet_b0"',
+    'start = "second"\nwidth = 0.5': "width = 0.5: expected that of its start second, 0.1",
     'start = "second"\ndepth = 0.5': "depth = 0.5: expected that of its start second, 0.1",
     "sparsity = 1": "sparsity = 1: expected a number from 0 to below 1",
     "sparsity = 0.5\nprune_epochs = 4": "prune_epochs = 4: expected at most epochs = 3",
@@ -275,6 +331,19 @@ def odd() -> dict[str, Tensor]:
     return {"first": first, "dense": torch.ones(3, 3), "empty": empty, "bias": torch.zeros(9)}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sparse", "dense"), [(torch.half, 15, 16), (torch.float, 15, 16), (torch.int8, 14, 15)]
+)
+def test_what_is_stored_by_hand(dtype: torch.dtype, sparse: int, dense: int) -> None:
+    """16 values of b bits and a mask of 16: less than 16 b where v values stay with v b + 16 < 16 b."""
+    weight = torch.zeros(2, 8, dtype=dtype)
+    for values in range(17):
+        weight.flatten()[:values] = 1
+        bits = 8 if dtype == torch.int8 else 16
+        assert micronet.stored(weight) == ((values, 16) if bits * values + 16 < bits * 16 else (16, 0))
+    assert bits * (sparse - 1) + 16 < bits * 16 <= bits * dense + 16
+
+
 def test_packed_by_hand() -> None:
     """The highest bit of a mask's first byte is the first position; 21 positions take three bytes."""
     packed = micronet.pack({name: tensor.half() for name, tensor in odd().items()})
@@ -330,6 +399,7 @@ def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_pat
     stored = [onnx.numpy_helper.to_array(each) for each in graph.initializer]
     assert result["counted_bytes"] == sum(each.nbytes for each in stored) < result["bytes"] == outs[0].stat().st_size
     kinds = {node.op_type for node in graph.node}
+    assert {s.shape for s in stored if s.dtype == "float32"} > {(), (48,)}  # scales of activations, and of channels
     assert {"QuantizeLinear", "DequantizeLinear", "Unpack"} <= kinds and not any(w.dtype == "float16" for w in stored)
     assert result["agree"] >= 0.8 * result["images"] and len(result["milliseconds"]) == 2 and result["score"] is None
     network, about = micronet.open_network(outs[0])

@@ -98,8 +98,9 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + 'teacher = "b"': 'stage a: teacher = "b": expected another stage (there is none) or the path of a checkpoint',
     GOOD + 'teacher = "a"': 'stage a: teacher = "a": expected no cycle, but it goes a -> a',
     GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "efficientnet_b0"\nteacher = "a"': "a -> b -> a",
-    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\nscale = 6': "stage b: scale = 6.0: expected its teacher's, 5.0",
-    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\ndataset = "synthetic"': "dataset = \"synthetic\": expected its teacher's, \"cifar100\"",
+    '[stage.c]\nnetwork = "ex"\nteacher = "a"\n' + GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "b0"\nteacher = "a"': "a -> b -> a",
+    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\nscale = 6': "stage b: scale = 6.0: expected that of its teacher a, 5.0",
+    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\ndataset = "synthetic"': "dataset = \"synthetic\": expected that of its teacher a, \"cifar100\"",
 }  # fmt: skip
 UNACCEPTABLE = """epochs = true | epochs = "70" | epochs = 1.5 | lr = -0.1 | lr = [[70, -0.1]] | lr = [[70, 0.1], [70, 0.01]]
 momentum = 1 | weight_decay = -0.1 | scale = 0 | margin = -1 | stochastic_depth = 1 | width = 0 | depth = 0 | seed = -1
