@@ -163,11 +163,12 @@ def test_the_table_of_costs(name: str) -> None:
 
 
 def test_the_stage_example(clone: Path, tmp_path: Path) -> None:
-    (text,) = (block for kind, block in BLOCKS if kind == "toml")
+    texts = [block for kind, block in BLOCKS if kind == "toml"]
     path = tmp_path / "stages.toml"
-    path.write_text((ROOT / "stages.toml").read_text() + text)
-    stage = load_stages(path)["tiny"]
+    path.write_text((ROOT / "stages.toml").read_text() + "".join(texts))
+    stage, pruned = (load_stages(path)[name] for name in ("tiny", "tiny_pruned"))
     assert (stage.teacher, stage.lr.peak, stage.width, stage.weight_decay) == ("b0", 0.2, 0.5, 1e-4)
+    assert (pruned.start, pruned.sparsity, pruned.multipliers) == ("tiny", 0.8, stage.multipliers)
 
 
 def test_the_python_example(clone: Path) -> None:
