@@ -18,8 +18,8 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
     micronet.py predict ex.onnx photo.jpg       the likeliest classes of an image
 
 The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
-Networks, Losses and, in Training, `train_stage` and `prune`. The program around it: Cost (what a network costs), Files (a
-checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
+Networks, Losses and, in Training, `train_stage` and `prune`. The program around it: Cost (what a network costs), Files
+(a checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
 files in), Speed, Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their
 own) and Commands.
 
@@ -1086,7 +1086,7 @@ def same_padding(kernel: int, stride: int) -> tuple[int, int]:  # before the fir
 
 
 def centred(weight: Tensor, stride: int) -> Tensor:
-    """Begin a kernel with zeros such that its padding is the same on all sides: no padded copy of the maps is needed."""
+    """Begin a kernel with zeros such that its padding is the same on all sides: no padded copy of the maps is made."""
     return F.pad(weight, (1, 0, 1, 0)) if stride > 1 else weight
 
 
@@ -1200,7 +1200,7 @@ class Classifier(nn.Linear):
 
 
 class EfficientNet(nn.Sequential):
-    """Normalised images (N, 3, side, side) to cosines (N, K), or what stands for them where the classifier is folded."""
+    """Normalised images (N, 3, side, side) to cosines (N, K), or what stands for them if the classifier is folded."""
 
     def __init__(self, stage: Stage, stochastic_depth: float) -> None:
         super().__init__()
@@ -1891,7 +1891,7 @@ MASK = ".mask"  # after a weight's name: a bit for each of its positions, 1 wher
 
 
 def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep every weight as `stored` counts it: dense, or as its nonzero values and a mask of bits, the highest first."""
+    """Keep every weight as `stored` counts it: dense, or as its nonzero values and a mask of bits, highest first."""
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and stored(tensor)[1]:
@@ -2684,7 +2684,7 @@ def onnx_tensor(tensor: Any) -> Tensor:
 
 
 def pack_onnx(model: Any) -> None:
-    """Keep a model's weights of 16 or 8 bits as `pack` does; a function unpacks them, which runtimes fold on loading."""
+    """Keep a model's weights of 16 or 8 bits as `pack` does; a function unpacks them, which runtimes fold at start."""
     from onnx import helper, numpy_helper, parser
 
     graph, nodes = model.graph, []

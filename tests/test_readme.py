@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, WIDE, build_network, invoke
 from test_images import messy
 
-from micronet import fold_network, layer_costs, load_stages, read_metadata, total_cost
+from micronet import find_parent, fold_network, layer_costs, load_stages, read_metadata, total_cost
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -151,6 +151,15 @@ def test_the_table_of_published_networks(path: Path) -> None:
 
 def test_networks_are_published() -> None:
     assert len(PUBLISHED) == README.count("](ckpt/published/") >= 3
+
+
+def test_the_published_teacher_is_the_network_of_its_row_and_can_teach(tmp_path: Path) -> None:
+    (path,) = re.findall(r'`teacher = "(.*?)"`', README)
+    about, row = read_metadata(ROOT / path), next(line for line in README.splitlines() if line.startswith("| [b0]("))
+    assert row.split(" | ")[4] == f"{about.tested.top1:.2f}" and about.epoch == about.last.epoch
+    stages = (ROOT / "night.toml").read_text().replace("[stage.half]", f'[stage.half]\nteacher = "{ROOT / path}"')
+    (tmp_path / "stages.toml").write_text(stages)
+    assert find_parent(load_stages(tmp_path / "stages.toml")["half"], "teacher", tmp_path)[1] == about
 
 
 @pytest.mark.parametrize("name", ["b3", "b0", "ex", "exx"])
