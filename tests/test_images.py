@@ -491,7 +491,7 @@ def test_a_teacher_sees_what_its_student_sees(pets: Path, tmp_path: Path) -> Non
         result = train(tmp_path, "second")
         assert result.exit_code == (3 if error else 0) and (error or "") in result.stderr
     (tmp_path / "stages.toml").write_text(PHOTOS + "side = 32")
-    assert "side = 32: expected its teacher's, 64" in train(tmp_path, "second").stderr
+    assert "side = 32: expected that of its teacher first, 64" in train(tmp_path, "second").stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- sides

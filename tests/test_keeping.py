@@ -197,7 +197,7 @@ def records(*epochs: int, **changes: object) -> list[dict[str, object]]:
     return [one._replace(epoch=epoch, **changes)._asdict() for epoch in epochs]
 
 
-EXPORTED = {"file": "x", "sha256": "0", "top1": None, "scale": None}
+EXPORTED = {"file": "x", "sha256": "0", "top1": None, "scale": None, "bits": 16}
 TAUGHT = {"name": "x", "stage": "x", "tensors": "0", "tested": {"epoch": 1, "top1": None, "top5": None}}
 FOLDER = {"train": 40, "test": 50, "classes": 10, "validation": 0, "class_names": list("abcdefghix")}
 OWN = micronet.plain(STAGE) | {"dataset": "folder:x"}
@@ -223,7 +223,7 @@ WRONG = [  # a change of the JSON, and what is said
     ({"stage": OWN | {"folder": FOLDER, "dataset": "synthetic"}}, "metadata.stage.folder = {"),
     ({"images": None}, "metadata.cost"),
     ({"input": {"side": 32, "order": "RGB", "mean": [0.5], "std": [0.5]}}, "metadata.input"),  # of no export
-    ({"teacher": TAUGHT}, "metadata.teacher"),
+    ({"teacher": TAUGHT}, "metadata.parents"),
     ({"history": [], "cost": None, "exported": EXPORTED}, "metadata.best_network"),  # a state without a history
     ({"imported": {"file": "x", "sha256": "0"}}, "metadata."),  # two origins
     ({"note": 1}, "metadata"),

@@ -32,7 +32,7 @@ from test_tables import B0, COST, EXX, FACTS, KEPT, TEACHER, record
 import micronet
 from micronet import EpochDone, Event, Kept, Started, Stepped, curve
 
-BEGUN = Started(EXX, FACTS, COST, TEACHER, list(KEPT[1].history), ["WARNING: a note"])
+BEGUN = Started(EXX, FACTS, COST, {"teacher": TEACHER}, list(KEPT[1].history), ["WARNING: a note"])
 STEP = Stepped(5, 3, 0.07, torch.tensor([576.0, 96.0]), 384)
 EPOCHS = [EpochDone(record(3, 62.0), record(3, 62.0)), EpochDone(record(4, 60.0), record(3, 62.0))]
 LAST = EpochDone(record(70, 60.0), record(3, 62.0))
@@ -455,7 +455,7 @@ def test_a_pipe_gets_a_line_an_epoch(variable: str, monkeypatch: MonkeyPatch) ->
 
 def test_an_introduction_says_what_there_is_none_of(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(micronet, "is_launched", lambda: True)
-    begun = Started(B0, FACTS._replace(processes=1, compile=None), COST, None, [], [])
+    begun = Started(B0, FACTS._replace(processes=1, compile=None), COST, {}, [], [])
     lines = micronet.introduction(begun)
     assert lines[1:] == ["teacher: none: the true labels", "runs on: CPU (x86_64), 1 process, bf16, not compiled"]
 
