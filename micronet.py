@@ -240,6 +240,7 @@ def key(accepts: Accepts, **default: Any) -> Any:
     return field(metadata={"accepts": accepts}, kw_only=True, **default)
 
 
+ROLES = ("teacher", "start")  # of a network that another one needs
 A_NETWORK = Accepts(lambda v: v if isinstance(v, str) and v else None, lambda: "a name or a path")
 
 
@@ -336,7 +337,7 @@ class Stage:
     @property
     def parents(self) -> dict[str, str]:
         """The networks that must be there before it begins, by what they are to it."""
-        return {role: name for role in ("teacher", "start") if (name := getattr(self, role))}
+        return {role: name for role in ROLES if (name := getattr(self, role))}
 
     @property
     def data(self) -> Dataset:
@@ -513,9 +514,12 @@ def differing(stage: Stage, parent: Stage, role: str) -> tuple[str, Any, Any] | 
     if stage.folder and parent.folder:
         keys["dataset"] = lambda s: s.folder.class_names
     if role == "start":
-        keys |= {"network": lambda s: s.network, "width": lambda s: s.multipliers[0]}
-        keys |= {"depth": lambda s: s.multipliers[1]}
-        keys["sparsity"] = lambda s: min(s.sparsity, parent.sparsity)  # a weight that is zero stays so
+        keys |= {
+            "network": lambda s: s.network,
+            "width": lambda s: s.multipliers[0],
+            "depth": lambda s: s.multipliers[1],
+            "sparsity": lambda s: min(s.sparsity, parent.sparsity),  # a weight that is zero stays so
+        }
     pairs = ((name, value(stage), value(parent)) for name, value in keys.items())
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
@@ -1071,14 +1075,15 @@ class Conv2dSame(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to (N, C', H / stride, W / stride)
-        stride, sides = self.stride[0], same_padding(self.kernel_size[0], self.stride[0])
-        if x.device.type != "cpu" or torch.compiler.is_exporting():
-            x = F.pad(x, sides * 2) if stride > 1 else x
-            return F.conv2d(x, self.weight, self.bias, stride, 0 if stride > 1 else sides[0], groups=self.groups)
-        trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.is_autocast_enabled("cpu")
-        if trained and self.kernel_size[1] == 5 and self.groups == self.out_channels and self.bias is None:
-            return WideDepthwise.apply(x, self.weight, stride)
-        return F.conv2d(x, centred(self.weight, stride), self.bias, stride, self.padding, groups=self.groups)
+        weight, stride, padding = self.weight, self.stride[0], self.padding
+        if x.device.type == "cpu" and not torch.compiler.is_exporting():
+            trained = torch.is_grad_enabled() and weight.requires_grad and not torch.is_autocast_enabled("cpu")
+            if trained and self.kernel_size[1] == 5 and self.groups == self.out_channels and self.bias is None:
+                return WideDepthwise.apply(x, weight, stride)
+            weight = centred(weight, stride)
+        elif stride > 1:
+            x, padding = F.pad(x, same_padding(self.kernel_size[0], stride) * 2), 0
+        return F.conv2d(x, weight, self.bias, stride, padding, groups=self.groups)
 
 
 def same_padding(kernel: int, stride: int) -> tuple[int, int]:  # before the first and after the last value
@@ -1619,7 +1624,7 @@ class Metadata:
 
     @property
     def parents(self) -> dict[str, Parent]:
-        return {role: parent for role in ("teacher", "start") if (parent := getattr(self, role))}
+        return {role: parent for role in ROLES if (parent := getattr(self, role))}
 
     def check(self) -> None:
         """Raise ValueError where entries contradict each other."""
@@ -2384,10 +2389,8 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     are scaled on training images. A `card` is written beside it, with a list of classes. Nothing is written unless the
     export does what it should; raises Failure.
     """
-    check_export(out, bits)
     path = checkpoint_file(path)
-    if out.resolve() == path.resolve():
-        raise Misconfigured(f"{out}: is what is to be exported: expected another name")
+    check_export(out, path, bits)
     tensors, about = load_checkpoint(path)
     labels = "".join(f"{name}\n" for name in about.class_names)
     if card:
@@ -2405,20 +2408,16 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         computed = functools.partial(run_onnx, open_onnx(out, model.SerializeToString()))
     images, on = images_at_hand(about, data, watch)
     before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, computed))
-
-    def top1(cosines: Tensor) -> float | None:
-        hits = int((cosines.argmax(1) == images.labels).sum())
-        return None if on == "random images" else 100 * hits / len(cosines)
-
+    labelled = None if on == "random images" else images.labels
     # folded, cosines come times the length of the embedding, which differs from image to image
     own = about.exported.scale if about.exported else stage.scale
     scale = own * (before.norm() / ours.norm()).item() if own and on != "random images" else None
-    origin = Origin(path.name, about.tensors, None if on == "other images" else top1(predicted), scale, bits)
+    top1 = None if on == "other images" else top1_of(predicted, labelled)
+    origin = Origin(path.name, about.tensors, top1, scale, bits)
     explained = replace(about, history=(), cost=None, scaler=None, best_network=None, exported=origin)
     explained = replace(explained, input=Input(stage.side, "RGB", MEAN, STD))
     content, computes = export_network(out, folded, explained, model)
     after = outputs(out, computes, images.pixels, watch)
-    off = (((own or 0) * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
     result = {
         "file": str(out),
         "bits": bits,
@@ -2426,12 +2425,7 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         "counted_bytes": sum(onnx_tensor(each).nbytes for each in model.graph.initializer) if model else cost.bytes,
         "images": len(before),
         "on": on,
-        "agree": int((after.argmax(1) == before.argmax(1)).sum()),
-        "difference": (after - ours).abs().max().item(),  # from the folded network before rounding
-        "largest": ours.abs().max().item(),
-        "top1_before": top1(before),
-        "top1": top1(after),
-        "probabilities_off": {"mean": off.mean().item(), "most": off.max().item()} if scale else None,
+        **compared(before, ours, after, labelled, (own, scale)),
         "score": cost.score if stage.is_scored and not model else None,
         "milliseconds": latencies([exact, content], images.pixels[:1]) if model else None,
     }
@@ -2441,6 +2435,34 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     if card:
         write_output(out.with_name("README.md"), model_card(out, about, scale, cost, result).encode())
     return result
+
+
+def top1_of(
+    cosines: Tensor,  # (N, K)
+    labels: Tensor | None,  # (N,)
+) -> float | None:
+    """Return the top-1 accuracy in percent, None without labels."""
+    return None if labels is None else 100 * int((cosines.argmax(1) == labels).sum()) / len(cosines)
+
+
+def compared(
+    before: Tensor,  # (N, K) outputs of a checkpoint
+    folded: Tensor,  # (N, K) and of its network folded
+    after: Tensor,  # (N, K) and of what was exported
+    labels: Tensor | None,  # (N,)
+    scales: tuple[float | None, float | None],  # of outputs before softmax: a checkpoint's and an export's
+) -> dict[str, Any]:
+    """Return what an export has changed."""
+    own, scale = scales
+    off = (((own or 0) * before).softmax(1) - ((scale or 0) * after).softmax(1)).abs().amax(1)  # most, for each image
+    return {
+        "agree": int((after.argmax(1) == before.argmax(1)).sum()),
+        "difference": (after - folded).abs().max().item(),
+        "largest": folded.abs().max().item(),
+        "top1_before": top1_of(before, labels),
+        "top1": top1_of(after, labels),
+        "probabilities_off": {"mean": off.mean().item(), "most": off.max().item()} if scale else None,
+    }
 
 
 LOADING = {
@@ -2562,12 +2584,14 @@ def outputs(
     return found
 
 
-def check_export(target: Path, bits: int) -> None:
+def check_export(target: Path, source: Path, bits: int) -> None:
     """Raise Misconfigured where an export would not do: another ending, a missing package, over another file."""
     if target.suffix not in EXPORTS:
         raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
     if bits not in (8, 16) or bits == 8 and target.suffix != ".onnx":
         raise Misconfigured(f"--bits {bits}: expected 16, or 8 for a name that ends in .onnx")
+    if target.resolve() == source.resolve():
+        raise Misconfigured(f"{target}: is what is to be exported: expected another name")
     check_output(target, older=r'\\?"exported\\?": {')
     if target.suffix == ".onnx":
         check_packages(target, "onnxscript", "onnxruntime")  # torch.onnx needs the first, the comparison the second
@@ -3129,8 +3153,7 @@ def open_run(
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    teacher, taught_by = load_parent(stage, "teacher", ckpt, state)
-    start, began_as = load_parent(stage, "start", ckpt, state)
+    (teacher, _), (start, _) = found = [load_parent(stage, role, ckpt, state) for role in ROLES]
     # one process downloads, see `download`
     train, test = (load_images(stage, data, part, watch) for part in ("train", stage.tested_on))
     images = {"train": images_digest(train), stage.tested_on: images_digest(test)}
@@ -3144,7 +3167,7 @@ def open_run(
     run = new_run(stage, accelerator, train, test, start)
     run.images = images
     run.teacher = place_teacher(teacher, accelerator) if teacher else None
-    run.parents = {role: parent for role, parent in (("teacher", taught_by), ("start", began_as)) if parent}
+    run.parents = {role: parent for role, (_, parent) in zip(ROLES, found) if parent}
     if state:
         restore(run, state)
         if accelerator.is_main_process:
