@@ -2613,9 +2613,9 @@ def export_network(
         return content, network_from(path, *parse_checkpoint(path, content))
     explained = json.dumps(plain(metadata), sort_keys=True)
     if path.suffix == ".onnx":
-        model = model or to_onnx(Shipped(network))
-        pack_onnx(model)
-        shorten(model.graph)
+        model = model or to_onnx(network.half().float())
+        pack_onnx(model, metadata.exported.bits)
+        shorten(model)
         model.metadata_props.add(key="micronet", value=explained)
         content = model.SerializeToString()
         return content, functools.partial(run_onnx, open_onnx(path, content))
@@ -2626,17 +2626,16 @@ def export_network(
     return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
-def example_of(network: EfficientNet | Shipped) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
+def example_of(network: EfficientNet) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
     """Return arguments of a network and which of their dimensions vary, to export it by."""
     return (torch.zeros(2, 3, network.side, network.side),), ({0: torch.export.Dim("N", min=1)},)
 
 
-def to_onnx(network: EfficientNet | Shipped) -> Any:
+def to_onnx(network: EfficientNet) -> Any:
     """Return a network as an ONNX model, `images` (N, 3, side, side) to `logits` (N, K)."""
     example, batch = example_of(network)
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": batch}
-    folds = not isinstance(network, Shipped)  # constant folding would make its weights 32 bits wide
-    return torch.onnx.export(network, example, dynamo=True, optimize=folds, verbose=False, **names).model_proto
+    return torch.onnx.export(network, example, dynamo=True, verbose=False, **names).model_proto
 
 
 CALIBRATED_ON = 1000  # images at most
@@ -2684,22 +2683,6 @@ def latencies(files: list[bytes], pixels: Tensor) -> list[float]:
     return [statistics.median(each[10:]) for each in times]
 
 
-def shorten(graph: Any) -> None:
-    """Take what no runtime needs out of an ONNX graph: where nodes come from, shapes between them, long names."""
-    names = {kept: kept for kept in ("", "images", "logits")}
-
-    def brief(name: str) -> str:
-        return names.setdefault(name, f"{len(names):x}")
-
-    for node in graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("name")
-        node.input[:], node.output[:] = map(brief, node.input), map(brief, node.output)
-    for weight in graph.initializer:
-        weight.name = brief(weight.name)
-    del graph.value_info[:], graph.metadata_props[:]
-
-
 def onnx_tensor(tensor: Any) -> Tensor:
     """Return what an initializer of an ONNX graph holds."""
     from onnx import numpy_helper
@@ -2707,36 +2690,54 @@ def onnx_tensor(tensor: Any) -> Tensor:
     return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
 
-def pack_onnx(model: Any) -> None:
-    """Keep a model's weights of 16 or 8 bits as `pack` does; a function unpacks them, which runtimes fold at start."""
-    from onnx import helper, numpy_helper, parser
+def pack_onnx(model: Any, bits: int) -> None:
+    """Keep an ONNX model's weights at some bits, one after the other, and those that are sparse as `pack` does.
 
-    graph, nodes = model.graph, []
-    held = {each.name: each for each in graph.initializer if each.data_type in NARROW_TYPES}
-    weights = {name: onnx_tensor(each) for name, each in held.items()}
-    packed = pack(weights)
-    for name, mask in ((name, packed[name + MASK]) for name in weights if name + MASK in packed):
-        values = F.pad(packed[name], (0, 1))  # what positions after the last value look up, and do not take
-        inputs = {f"{name}.values": values, name + MASK: mask, f"{name}.shape": torch.tensor(weights[name].shape)}
-        graph.initializer.remove(held[name])
-        graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), at) for at, tensor in inputs.items())
-        nodes.append(helper.make_node("Unpack", list(inputs), [name], domain="micronet"))
-    if nodes:
-        nodes += graph.node
-        del graph.node[:]
-        graph.node.extend(nodes)
+    Runtimes unpack them when they load the model. At 8 bits those that are not sparse stay as other tools expect them.
+    """
+    from onnx import TensorProto, helper, numpy_helper, parser
+
+    graph, kind = model.graph, TensorProto.FLOAT if bits == 16 else TensorProto.INT8
+    held = {each.name: each for each in graph.initializer if each.data_type == kind}
+    weights = {name: onnx_tensor(each).half() if bits == 16 else onnx_tensor(each) for name, each in held.items()}
+    sparse = {name: weight for name, weight in weights.items() if weight.ndim > 1 and stored(weight)[1]}
+    rest = {name: weight for name, weight in weights.items() if name not in sparse and bits == 16}
+    tensors, nodes = {}, []
+    if sparse:
+        packed = pack({"values": torch.cat([weight.flatten() for weight in sparse.values()])[None]})
+        values = F.pad(packed["values"], (0, 1))  # what positions after the last value look up, and do not take
+        tensors |= {"values": values, "mask": packed["values" + MASK]}
+        nodes.append(helper.make_node("Unpack", [*tensors], ["unpacked"], domain="micronet"))
+        nodes.append(helper.make_node("Cast", ["unpacked"], ["sparse"], to=kind))
         opset = next(each.version for each in model.opset_import if not each.domain)
         model.functions.append(parser.parse_function(UNPACK.replace("OPSET", f"{opset}")))
         model.opset_import.append(helper.make_opsetid("micronet", 1))
+    if rest:
+        tensors["rest.16"] = torch.cat([weight.flatten() for weight in rest.values()])
+        nodes.append(helper.make_node("Cast", ["rest.16"], ["rest"], to=kind))
+    for joined, part in {"sparse": sparse, "rest": rest}.items():
+        sizes = {name + ".flat" if weight.ndim > 1 else name: weight.numel() for name, weight in part.items()}
+        if joined == "sparse" and (past := -sum(sizes.values()) % 8):
+            sizes["past"] = past  # a mask ends with a byte
+        if sizes:
+            tensors[joined + ".sizes"] = torch.tensor([*sizes.values()])
+            nodes.append(helper.make_node("Split", [joined, joined + ".sizes"], [*sizes]))
+    for name, weight in (sparse | rest).items():
+        graph.initializer.remove(held[name])
+        if weight.ndim > 1:
+            tensors[shape := f"{[*weight.shape]}"] = torch.tensor(weight.shape)
+            nodes.append(helper.make_node("Reshape", [name + ".flat", shape], [name]))
+    graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items())
+    nodes += graph.node
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
-NARROW_TYPES = (3, 10)  # of ONNX: INT8 and FLOAT16
 UNPACK = """<domain: "micronet", opset_import: ["": OPSET]>
-Unpack (values, mask, shape) => (weight) {
+Unpack (values, mask) => (dense) {
     bits = Constant <value = uint8[8] {128, 64, 32, 16, 8, 4, 2, 1}> ()
     column = Constant <value = int64[2] {-1, 1}> ()
     flat = Constant <value = int64[1] {-1}> ()
-    begin = Constant <value = int64[1] {0}> ()
     axis = Constant <value = int64 {0}> ()
     nil = Constant <value = float {0}> ()
     bytes = Reshape (mask, column)
@@ -2747,12 +2748,55 @@ Unpack (values, mask, shape) => (weight) {
     rank = CumSum <exclusive = 1> (ones, axis)
     wide = Cast <to = 1> (values)
     spread = Gather (wide, rank)
-    padded = Where (found, spread, nil)
-    size = ReduceProd (shape)
-    dense = Slice (padded, begin, size)
-    shaped = Reshape (dense, shape)
-    weight = CastLike (shaped, values)
+    dense = Where (found, spread, nil)
 }"""
+
+
+def shorten(model: Any) -> None:
+    """Take what no runtime needs out of an ONNX model: long names, shapes between nodes, and what ONNX takes for given.
+
+    Given are an attribute's default, a zero point of zero, and a bias's scale: that of the inputs times the weights'.
+    """
+    from onnx import defs, helper
+
+    graph, version = model.graph, next(each.version for each in model.opset_import if not each.domain)
+    held = {each.name: each for each in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
+    neutral = {"strides": 1, "dilations": 1, "pads": 0}
+    wanted = {node.input[1] for node in graph.node if node.op_type == "Gemm"}  # or onnxruntime would not fuse it
+    scales = []
+    for node in graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("name")
+        defaults = {} if node.domain else defs.get_schema(node.op_type, version, "").attributes
+        for each in list(node.attribute):
+            value = helper.get_attribute_value(each)
+            if each.name in neutral and {*value} == {neutral[each.name]}:
+                node.attribute.remove(each)
+            elif each.name == "kernel_shape" and node.op_type == "Conv":
+                node.attribute.remove(each)
+            elif each.name in defaults and each.type == defaults[each.name].default_value.type:
+                if value == helper.get_attribute_value(defaults[each.name].default_value):
+                    node.attribute.remove(each)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.output[0] not in wanted:
+            if not onnx_tensor(held[node.input[2]]).any():
+                del node.input[2]  # one that quantises is then of uint8, as all of them are
+        if node.op_type in ("Conv", "Gemm") and made[node.input[2]].op_type == "DequantizeLinear":
+            inputs, weight, bias = (made[name].input for name in node.input)
+            scales.append(helper.make_node("Mul", [inputs[1], weight[1]], [bias[1]]))
+            graph.initializer.remove(held.pop(bias[1]))
+    nodes = scales + [*graph.node]
+    del graph.node[:], graph.value_info[:], graph.metadata_props[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input}
+    for name in held.keys() - used:
+        graph.initializer.remove(held[name])
+    names = {kept: kept for kept in ("", "images", "logits")}
+    for each in graph.initializer:
+        each.name = names.setdefault(each.name, f"{len(names):x}")
+    for node in graph.node:
+        for ends in (node.input, node.output):
+            ends[:] = [names.setdefault(name, f"{len(names):x}") for name in ends]
 
 
 def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
