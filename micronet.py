@@ -1371,6 +1371,27 @@ class Cost(NamedTuple):
         return (self.params + self.mask_bits / 32) / BASELINE_PARAMS + self.ops_32bit / BASELINE_OPS
 
 
+class EightBitCost(NamedTuple):
+    """What a network or a layer with weights and activations of 8 bits costs for one image: the free 16 are lost."""
+
+    params: int  # weights and biases
+    flops: int
+    mults: int
+    adds: int
+    mask_bits: int
+    bytes: float  # all that is stored
+    ops: float  # of 32 bits; one of 8 bits is a quarter of it
+    ops_narrow: float  # with sums as wide as they have to be, in place of 32 bits
+
+    @property
+    def score(self) -> float:
+        return self.bytes / 4 / BASELINE_PARAMS + self.ops / BASELINE_OPS
+
+    @property
+    def score_narrow(self) -> float:
+        return self.bytes / 4 / BASELINE_PARAMS + self.ops_narrow / BASELINE_OPS
+
+
 class Operation(NamedTuple):
     """A module or a function that a network runs on one image."""
 
@@ -1452,8 +1473,6 @@ def count_officially(operation: Operation) -> Cost:
     what, x, n, folded = operation.what, operation.inputs, operation.outputs, operation.folded
     if operation.again:
         return count_officially(operation._replace(again=False))._replace(params=0, mask_bits=0)
-    if isinstance(what, nn.Module) and any(p.dtype.itemsize < 2 for p in what.parameters()):
-        raise TypeError("no rule to count int8: the free 16 bits of all others would be lost")
     match what:
         case nn.Conv2d() | nn.Linear():
             values, mask_bits = stored(what.weight)
@@ -1476,6 +1495,29 @@ def count_officially(operation: Operation) -> Cost:
         case operator.mul:
             return Cost(0, 0, n, 0)
     return count_alike(operation)
+
+
+def count_eight_bits(operation: Operation) -> EightBitCost:
+    """Count as `count_officially` does, at 8 bits: weights (int8), and all that an operation takes and returns.
+
+    A value is bits / 32 of a word, an operation as much as the wider of its inputs. Biases (int32), a channel's scale
+    and sums have 32 bits, or sums as many as hold the largest there can be. Each result is scaled once more, at 32
+    bits, and has a scale and a zero point of its own.
+    """
+    what, n, cost = operation.what, operation.outputs, count_officially(operation)
+    stored_bits, wide, narrow = 0, 8, 8
+    match what:
+        case nn.Conv2d() | nn.Linear():
+            channels = len(what.weight)
+            weights, biases = what.weight.long().flatten(1).abs().sum(1), what.bias.long().abs()
+            wide, narrow = 32, 1 + int((255 * weights + biases).max()).bit_length()  # with a sign
+            stored_bits = 8 * (cost.params - channels) + 2 * 32 * channels + cost.mask_bits
+        case nn.AdaptiveAvgPool2d() | nn.AvgPool2d():
+            wide, narrow = 32, (255 * operation.inputs // n).bit_length()
+    scaled = n if cost.mults + cost.adds else 0
+    stored_bits += (32 + 8) * bool(scaled)
+    least = [cost.mults / 4 + scaled + cost.adds * bits / 32 for bits in (wide, narrow)]
+    return EightBitCost(*cost, stored_bits / 8, *least)
 
 
 def count_alike(operation: Operation) -> Cost:
@@ -1503,15 +1545,20 @@ RULES = {"seed": count_by_seed, "official": count_officially}
 
 def layer_costs(network: nn.Module, rules: str) -> dict[str, Cost]:
     """Count every layer of a network, in evaluation mode, by some `RULES`; raises TypeError where there is no rule."""
-    costs: dict[str, Cost] = {}
-    for operation in operations(network):
-        cost = RULES[rules](operation)
+    return by_layer(operations(network), RULES[rules])
+
+
+def by_layer(found: list[Operation], count: Callable[[Operation], Any]) -> dict[str, Any]:
+    """Count operations, and add up what a layer costs that runs more than once."""
+    costs: dict[str, Any] = {}
+    for operation in found:
+        cost = count(operation)
         costs[operation.layer] = total_cost([costs[operation.layer], cost]) if operation.layer in costs else cost
     return costs
 
 
-def total_cost(costs: Collection[Cost]) -> Cost:
-    return Cost(*map(sum, zip(*costs)))
+def total_cost(costs: Collection[Any]) -> Any:
+    return type(next(iter(costs)))(*map(sum, zip(*costs)))
 
 
 # ------------------------------------------------------------------------------------------------------------- Files
@@ -2342,17 +2389,30 @@ def set_aside(folder: Path) -> Path | None:
 
 def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
     """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and a checkpoint's accuracy."""
+    about = None
     if full := find_network(name):
-        name, network, top1, scored = full, build_network(Stage(full, network=full)), None, True
+        name, found = full, operations(build_network(Stage(full, network=full)))
+    elif name.endswith(".onnx"):
+        about = open_network(Path(name))[1]
+        content = read_beginning(Path(name), MOST)[0]
+        found = onnx_operations(Path(name), content, about.exported.bits, about.stage)
     elif is_path(name):
         tensors, about = load_checkpoint(Path(name))
-        network, top1, scored = network_from(Path(name), tensors, about), about.tested.top1, about.stage.is_scored
+        found = operations(network_from(Path(name), tensors, about))
     else:
         raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
-    kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in operations(network)}
+    kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in found}
+    scored, top1 = about is None or about.stage.is_scored, about and about.tested.top1
     results = []
     for rules in counts:
-        costs = layer_costs(network, rules)
+        if about and about.exported and about.exported.bits == 8:
+            if counts == ["seed"]:
+                raise Misconfigured(f"{name}: the authors have no count for 8 bits: expected --rules official")
+            if rules == "seed":
+                continue
+            costs = by_layer(found, count_eight_bits)
+        else:
+            costs = by_layer(found, RULES[rules])
         results.append({"name": name, "rules": rules, **figures(total_cost(costs.values()), scored), "top1": top1})
         if layers:
             each = [{"layer": layer, "kind": kinds[layer], **figures(c, scored)} for layer, c in costs.items()]
@@ -2360,10 +2420,11 @@ def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, 
     return results
 
 
-def figures(cost: Cost, scored: bool) -> dict[str, float | None]:
+def figures(cost: Cost | EightBitCost, scored: bool) -> dict[str, float | None]:
     """Return what a cost is made of and comes to, without scores where they mean nothing."""
-    scores = {name: getattr(cost, name) if scored else None for name in ("score", "score_32bit")}
-    return {**cost._asdict(), "ops": cost.ops, "ops_32bit": cost.ops_32bit, **scores}
+    names = ("bytes", "ops", "score", "ops_32bit", "score_32bit", "ops_narrow", "score_narrow")
+    shown = {name: getattr(cost, name, None) for name in names if scored or not name.startswith("score")}
+    return cost._asdict() | dict.fromkeys(names) | shown
 
 
 class Shipped(nn.Module):
@@ -2406,6 +2467,8 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         exact = to_onnx(folded).SerializeToString()
         model = quantized(exact, load_images(few, data, "train", watch).pixels)
         computed = functools.partial(run_onnx, open_onnx(out, model.SerializeToString()))
+        counted = by_layer(onnx_operations(out, model.SerializeToString(), bits, stage), count_eight_bits)
+        cost = total_cost(counted.values())
     images, on = images_at_hand(about, data, watch)
     before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, computed))
     labelled = None if on == "random images" else images.labels
@@ -2422,11 +2485,11 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         "file": str(out),
         "bits": bits,
         "bytes": len(content),
-        "counted_bytes": sum(onnx_tensor(each).nbytes for each in model.graph.initializer) if model else cost.bytes,
+        "counted_bytes": cost.bytes,
         "images": len(before),
         "on": on,
         **compared(before, ours, after, labelled, (own, scale)),
-        "score": cost.score if stage.is_scored and not model else None,
+        "score": cost.score if stage.is_scored else None,
         "milliseconds": latencies([exact, content], images.pixels[:1]) if model else None,
     }
     write_output(out, content)
@@ -2472,7 +2535,9 @@ LOADING = {
 }
 
 
-def model_card(out: Path, about: Metadata, scale: float | None, cost: Cost, result: dict[str, Any]) -> str:
+def model_card(
+    out: Path, about: Metadata, scale: float | None, cost: Cost | EightBitCost, result: dict[str, Any]
+) -> str:
     """Return the model card of an export, in the format of the Hugging Face hub (YAML, of which JSON is a part)."""
     stage, top1, on = about.stage, result["top1"], f"{result['images']:,} {result['on']}"
     metric = {"type": "accuracy", "name": f"top-1, percent of {on}", "value": top1}
@@ -2486,8 +2551,7 @@ def model_card(out: Path, about: Metadata, scale: float | None, cost: Cost, resu
         is_last = about.epoch == about.last.epoch
         chosen = f" of epoch {about.epoch}, the last" if is_last else ", on which its epoch was chosen"
     score = f"| MicroNet score | {result['score']:.4f} |\n" if result["score"] is not None else ""
-    half = ", a multiplication of 16 bits counting half" if result["bits"] == 16 else ""
-    ops = cost.ops if result["bits"] == 16 else cost.ops_32bit
+    half = "a multiplication of 16 bits counting half" if result["bits"] == 16 else "one of 8 bits counting a quarter"
     order = ", in the order of labels.txt" if about.class_names else ""
     softmax = f" Softmax of {scale:.4g} x the outputs gives rough probabilities." if scale else ""
     return f"""---
@@ -2505,7 +2569,7 @@ tags: [efficientnet]
 | top-1 of {out.name} | {"not measured" if top1 is None else f"{percent(top1)} of {on}{chosen}"} |
 | parameters | {cost.params:,} |
 | multiply-accumulates | {cost.flops:,} |
-| operations{half} | {ops:,.0f} |
+| operations, {half} | {cost.ops:,.0f} |
 | bits of a weight | {result["bits"]} |
 | bytes | {result["bytes"]:,} |
 {score}
@@ -2553,6 +2617,27 @@ def open_network(path: Path) -> tuple[Callable[[Tensor], Tensor], Metadata]:
     if shapes != [[3, about.stage.side, about.stage.side], [about.stage.classes]]:
         raise Refused(f"{path}: its metadata are of another network")
     return functools.partial(run_onnx, session), about
+
+
+def onnx_operations(path: Path, content: bytes, bits: int, stage: Stage) -> list[Operation]:
+    """Return the operations of a network that was exported to ONNX, with the file's weights; raises Refused."""
+    import onnx
+
+    model, found = onnx.load_model_from_string(content), operations(fold_network(build_network(stage)))
+    layers = [each.what for each in found if isinstance(each.what, nn.Conv2d | nn.Linear)]
+    made = {name: node for node in model.graph.node for name in node.output}
+    names = [name for node in model.graph.node if node.op_type in ("Conv", "Gemm") for name in node.input[1:]]
+    if bits == 8:  # before they are scaled
+        names = [made[name].input[0] for name in names if name in made]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    image = {"images": torch.zeros(1, 3, stage.side, stage.side).numpy()}
+    tensors = [torch.from_numpy(array) for array in open_onnx(path, model.SerializeToString()).run(names, image)]
+    empty = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in empty]:
+        raise Refused(f"{path}: its metadata are of another network")
+    for layer, weight, bias in zip(layers, tensors[::2], tensors[1::2]):
+        layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
+    return found
 
 
 def open_onnx(path: Path, content: bytes) -> Any:
@@ -4198,11 +4283,13 @@ def score_tables(scores: list[dict[str, Any]]) -> Group:
         "score": ("score", ".6f"),
         "operations 32-bit": ("ops_32bit", ",.0f"),
         "score 32-bit": ("score_32bit", ".6f"),
+        "operations, narrow sums": ("ops_narrow", ",.0f"),
+        "score, narrow sums": ("score_narrow", ".6f"),
         "top-1 in percent": ("top1", ".2f"),
     }
     tables: list[RenderableType] = []
     for rules, words in RULES_SHOWN.items():
-        title = f"Cost of one image by {words}; a multiplication is half an operation, at 32 bits one"
+        title = f"Cost of one image by {words}; an operation of 32 bits is one, a multiplication of 16 half"
         counted = [s for s in scores if s["rules"] == rules]
         table = new_table(title, "", [short(s["name"]) for s in counted])
         for label, (name, form) in rows.items() if counted else ():
@@ -5024,7 +5111,8 @@ def score_networks(
     board: Annotated[bool, typer.Option("--board", help="Show the challenge's entries, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count parameters and operations and, for CIFAR-100, MicroNet score. Of networks by name, and of checkpoints.
+    """Count parameters and operations and, for CIFAR-100, MicroNet score. Of networks by name, of checkpoints, and of
+    exports but .pt2.
 
     Example: micronet.py score ex ckpt/exx --rules official --board
     """

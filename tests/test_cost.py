@@ -5,12 +5,16 @@ import operator
 import re
 from collections.abc import Callable
 
+import micronet
 import pytest
 import torch
 from conftest import build_network, invoke
 from torch import Tensor, nn
 
-from micronet import NETWORKS, Cosine, Operation, count_by_seed, count_officially, layer_costs, operations, total_cost
+from micronet import (
+    NETWORKS, Cosine, Operation, count_by_seed, count_eight_bits, count_officially, fold_network, layer_costs,
+    operations, total_cost,
+)  # fmt: skip
 
 FIGURES = {  # params, operations with a multiplication at 1/2 and at 1, score at 16 and at 32 bits
     ("efficientnet_ex", "seed"): (2_793_064, 382_885_052, 512_835_116, "0.074761", "0.12541"),  # published [1]
@@ -149,11 +153,46 @@ def test_a_layer_that_runs_twice_is_stored_once() -> None:
     assert once.params == twice.params == 12 and twice.mults == 2 * once.mults == 2 * 9 * 32 * 32
 
 
-def test_values_below_16_bits_have_no_rule() -> None:
-    layer = nn.Linear(2, 2)
-    layer.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="int8"):
-        count_officially(Operation("", layer, 2, 2, False, False))
+def eight_bits(layer: nn.Module, weight: list[list[int]], bias: list[int]) -> nn.Module:
+    weights = torch.tensor(weight, dtype=torch.int8).view_as(layer.weight), torch.tensor(bias, dtype=torch.int32)
+    layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in weights)
+    return layer
+
+
+@pytest.mark.parametrize(("what", "inputs", "outputs", "by_hand"), [
+    # 10 x 10 places, a sum at most 255 * 5 + 9 = 1284: 11 bits and a sign; 6 values, 2 biases, 2 scales; 5 bytes more
+    (eight_bits(nn.Conv2d(3, 2, 1), [[1, -3, 1], [2, 2, 1]], [9, -9]), 300, 200,
+     (8, 600, 600, 600, 0, 6 + 8 + 8 + 5, 150 + 200 + 600, 150 + 200 + 600 * 12 / 32)),
+    # one of 16 is stored with a mask: 1 + 2 bytes, not 16; 255 + 1: 9 bits and a sign
+    (eight_bits(nn.Linear(16, 1), [[0] * 15 + [-1]], [1]), 16, 1,
+     (2, 1, 1, 1, 16, 1 + 2 + 4 + 4 + 5, 0.25 + 1 + 1, 0.25 + 1 + 10 / 32)),
+    # 15 of 16 are not: 16 bytes; 255 * 15 = 3825: 12 bits and a sign
+    (eight_bits(nn.Linear(16, 1), [[0] + [1] * 15], [0]), 16, 1,
+     (17, 16, 16, 16, 0, 16 + 4 + 4 + 5, 4 + 1 + 16, 4 + 1 + 16 * 13 / 32)),
+    # four values of 8 bits, none negative: 1020, 10 bits
+    (nn.AdaptiveAvgPool2d(1), 8, 2, (0, 0, 2, 6, 0, 5, 0.5 + 2 + 6, 0.5 + 2 + 6 * 10 / 32)),
+    (nn.SiLU(), 8, 8, (0, 0, 24, 8, 0, 5, 6 + 8 + 2, 6 + 8 + 2)),
+    (nn.Flatten(), 8, 8, (0, 0, 0, 0, 0, 0, 0, 0)),
+])  # fmt: skip
+def test_eight_bits_by_hand(what: nn.Module, inputs: int, outputs: int, by_hand: tuple[float, ...]) -> None:
+    assert tuple(count_eight_bits(Operation("", what, inputs, outputs, False, False))) == by_hand
+
+
+def test_a_score_at_eight_bits_by_hand() -> None:
+    """36.5 M words and 10.49 G operations are 1 each; so are twice the narrow ones."""
+    cost = micronet.EightBitCost(0, 0, 0, 0, 0, 4 * 36.5e6, 10.49e9, 10.49e9 / 2)
+    assert (cost.score, cost.score_narrow) == (2, 1.5)
+
+
+def test_exx_at_eight_bits_scores_what_its_quarters_come_to() -> None:
+    """0.0156 for 2.28 M bytes and 0.0276 for a quarter of 235 M and 230 M whole operations; the rest are scales."""
+    network = fold_network(build_network("efficientnet_exx").eval())
+    found = operations(network)
+    for layer in (o.what for o in found if isinstance(o.what, nn.Conv2d | nn.Linear)):
+        eight_bits(layer, torch.full_like(layer.weight, 3).tolist(), [0] * len(layer.weight))
+    cost = total_cost(micronet.by_layer(found, count_eight_bits).values())
+    exact = total_cost(layer_costs(fold_network(build_network("efficientnet_exx").eval()), "official").values())
+    assert cost[:4] == exact[:4] and cost.score == pytest.approx(0.0444, abs=3e-4) and cost.score_narrow < cost.score
 
 
 @pytest.mark.parametrize("width", [0.1, 1.4])

@@ -397,17 +397,46 @@ def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_pat
     assert outs[0].read_bytes() == outs[1].read_bytes()
     result, graph = said[0], onnx.load(outs[0]).graph
     stored = [onnx.numpy_helper.to_array(each) for each in graph.initializer]
-    assert result["counted_bytes"] == sum(each.nbytes for each in stored) < result["bytes"] == outs[0].stat().st_size
+    assert result["bytes"] == outs[0].stat().st_size and len(result["milliseconds"]) == 2 and result["score"] is None
+    assert result["agree"] >= 0.8 * result["images"]
     kinds = {node.op_type for node in graph.node}
     assert {s.shape for s in stored if s.dtype == "float32"} > {(), (48,)}  # scales of activations, and of channels
     assert {"QuantizeLinear", "DequantizeLinear", "Unpack"} <= kinds and not any(w.dtype == "float16" for w in stored)
-    assert result["agree"] >= 0.8 * result["images"] and len(result["milliseconds"]) == 2 and result["score"] is None
+    weights = [stored[i] for i, each in enumerate(graph.initializer) if each.data_type == onnx.TensorProto.INT8]
+    scored = json.loads(invoke("score", outs[0], "--json").output)
+    assert [each["rules"] for each in scored] == ["official"] and scored[0]["bytes"] == result["counted_bytes"]
+    assert scored[0]["params"] > 0.9 * sum(len(w) for w in weights if w.ndim == 1) and scored[0]["score"] is None
     network, about = micronet.open_network(outs[0])
     assert about.exported.bits == 8 and about.exported.top1 == result["top1"]
     images = micronet.normalize(micronet.synthetic_images(20, False).pixels.float() / 255)  # which it is scaled for
     with torch.no_grad():
         exact = micronet.fold_network(load_network(sparse / "ckpt" / "sparse"))(images)
     assert (network(images) - exact).norm() < 0.2 * exact.norm()
+
+
+def test_an_onnx_file_is_counted_as_what_it_was_exported_from(sparse: Path, tmp_path: Path) -> None:
+    """With the file's own weights; one whose metadata are of another network is refused, and 8 bits have one count."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    outs = [tmp_path / f"sparse.{ending}" for ending in ("safetensors", "onnx")]
+    for out in outs:
+        assert invoke("export", sparse / "ckpt" / "sparse", out, "--data", tmp_path).exit_code == 0
+    counted = [json.loads(invoke("score", out, "--json", "--layers").stdout) for out in outs]
+    assert len(counted[0]) == 2 and counted[0][1]["mask_bits"] > 0
+    assert [r | {"name": ""} for r in counted[0]] == [r | {"name": ""} for r in counted[1]]
+    for change in ({"stage": {"width": 1.5}}, {"exported": {"bits": 8}}):
+        model = onnx.load(outs[1])
+        (held,) = model.metadata_props
+        about = json.loads(held.value)
+        for key, table in change.items():
+            about[key] |= table
+        held.value = json.dumps(about)
+        onnx.save(model, tmp_path / "forged.onnx")
+        result = invoke("score", tmp_path / "forged.onnx")
+        assert result.exit_code == 3 and "forged.onnx: its metadata are of another network" in result.stderr
+    eight = tmp_path / "eight.onnx"
+    invoke("export", sparse / "ckpt" / "sparse", eight, "--bits", 8)
+    result = invoke("score", eight, "--rules", "seed")
+    assert result.exit_code == 2 and "eight.onnx: the authors have no count for 8 bits" in result.stderr
 
 
 @pytest.mark.parametrize(("out", "bits"), [("x.safetensors", 8), ("x.pt2", 8), ("x.onnx", 4)])
@@ -456,16 +485,16 @@ def test_the_stages_for_the_board_score_what_they_are_called() -> None:
         assert cost.score == pytest.approx(int(stage.name.split("_")[1]) / 10_000, abs=5e-5)
 
 
-@pytest.mark.parametrize(("bits", "score", "ops"), [(16, 0.0123, "25"), (8, None, "40")])
+@pytest.mark.parametrize(("bits", "score", "ops"), [(16, 0.0123, "25"), (8, 0.0101, "40")])
 def test_a_card_tells_bits_and_counts_what_they_earn(bits: int, score: float | None, ops: str) -> None:
-    """A scored network; at 8 bits the free 16 are lost, and there is no rule yet."""
+    """A scored network; at 8 bits the free 16 are lost."""
     tested = micronet.Tested(3, 70.0, 90.0)
     stage = Stage("s", network="efficientnet_ex", sparsity=0.8, prune_epochs=2, epochs=3)
     about = micronet.Metadata(stage, (), 3, tested, tested, images={"test": "0"})
-    cost = micronet.Cost(params=10, flops=20, mults=30, adds=10)
+    cost = micronet.Cost(10, 20, 30, 10) if bits == 16 else micronet.EightBitCost(10, 20, 30, 10, 0, 18, 40, 35)
     result = {"bits": bits, "score": score, "top1": 69.5, "images": 100, "on": "test images", "bytes": 77}
     card = micronet.model_card(Path("x.onnx"), about, 1.5, cost, result)
-    assert ("| MicroNet score | 0.0123 |" in card) == (bits == 16) and f"| bits of a weight | {bits} |" in card
-    half = ", a multiplication of 16 bits counting half" * (bits == 16)
-    assert f"| operations{half} | {ops} |" in card and "of 100 test images of epoch 3, the last" in card
+    assert f"| MicroNet score | {score:.4f} |" in card and f"| bits of a weight | {bits} |" in card
+    half = {16: "a multiplication of 16 bits counting half", 8: "one of 8 bits counting a quarter"}[bits]
+    assert f"| operations, {half} | {ops} |" in card and "of 100 test images of epoch 3, the last" in card
     assert "pruned: 80 % of the weights, over 2 epochs" in card
