@@ -15,6 +15,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from conftest import TINY, build_network, invoke, reset_accelerate
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
 import micronet
@@ -233,6 +236,68 @@ def test_a_teacher_that_changed_under_way_is_refused(trained: Path, write: Calla
         result = invoke("run-stage", "second", "--stages", longer, "--ckpt", tmp_path)
         assert result.exit_code == 3 * shift and words in result.output, result.output
         reset_accelerate()
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Do what `to` does, which cannot do it with fake tensors."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to(device)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+class OnDevice(TorchDispatchMode):
+    """Fails at an operation that a tensor on the CPU takes part in."""
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+        assert "cpu" not in devices, f"{func} on {devices}"
+        return result
+
+
+@pytest.mark.parametrize("kind", ["true labels", "refined", "pruned"])
+def test_a_step_stays_on_its_device_and_asks_for_no_value(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that can be seen without a GPU: with fake tensors, which have a device and a shape alone.
+
+    Not on `cuda`, whose backward pass wants a driver. autocast, which knows no such device, is left out.
+    """
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("lazy", 0)
+    given = {"refined": {"teacher": "t"}, "pruned": {"sparsity": 0.5}}.get(kind, {})
+    stage = Stage("s", network="efficientnet_ex", dataset="synthetic", train_images=64, test_images=32, **given)
+    stage = replace(stage, views=tuple(micronet.VIEWS), batch_size=32, epochs=1)
+    plan = micronet.plan_epoch(stage, 1)  # drawn on the CPU, brought over once
+    parts = [micronet.synthetic_images(64, train) for train in (True, False)]
+    student = build_network("efficientnet_ex", width=0.2, depth=0.2, stochastic_depth=0.5)
+    teacher = micronet.fold_batch_norms(build_network("efficientnet_b0", width=0.2).eval())
+    monkeypatch.setattr(micronet, "plan_epoch", lambda stage, epoch: plan)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    try:
+        with mode:
+            train, test = (part.to(device) for part in parts)
+            for network in (student, teacher):
+                place(network, device)
+            accelerator = SimpleNamespace(
+                device=device, num_processes=1, process_index=0, gradient_accumulation_steps=1,
+                accumulate=lambda model: nullcontext(), autocast=nullcontext, backward=lambda loss: loss.backward(),
+            )  # fmt: skip
+            optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+            run = micronet.Run(accelerator, train, test, student, optimizer, student, None, None)
+            run.teacher = teacher.requires_grad_(False) if kind == "refined" else None
+            events = train_stage(stage, run)
+            assert isinstance(next(events), Started) and isinstance(next(events), Stepped)
+            with OnDevice():
+                for step in range(2, stage.steps_per_epoch + 1):
+                    event = next(events)
+                    assert event.step == step and event.totals.device == device
+                assert micronet.evaluate(student, run.test, 30.0).device == device
+            with pytest.raises(AssertionError, match="_to_copy.*cpu"), OnDevice():
+                event.totals.to("cpu")
+            with pytest.raises(DataDependentOutputException):
+                event.totals[0].item()
+    finally:
+        micronet.per_channel.cache_clear()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
