@@ -83,7 +83,7 @@ import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -3260,6 +3260,38 @@ def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_d
     return accelerator
 
 
+def together(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """Return what `act` returns in this process; raises the first failure of any process in all, so that none waits."""
+    from accelerate.utils import gather_object
+
+    result, error = None, None
+    try:
+        result = act()
+    except (Failure, OSError) as failure:
+        error = failure
+    for failure in filter(None, gather_object([error])):
+        raise failure
+    return result
+
+
+def in_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """Return, in every process, what `act` returns in the main one, which alone reads and writes checkpoints."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([together(accelerator, act if accelerator.is_main_process else lambda: None)])[0]
+
+
+def check_alike(accelerator: Accelerator, **facts: Any) -> None:
+    """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts."""
+    from accelerate.utils import gather_object
+
+    (main, expected), *others = gather_object([(platform.node(), facts)])
+    for node, found in others:
+        for name in facts:
+            if found[name] != expected[name]:
+                raise Misconfigured(f"{name} on {node} differ from those on {main}, where the checkpoints are kept")
+
+
 def is_launched() -> bool:
     """Tell whether `accelerate launch` or torchrun started this process: any variable of theirs may be the user's."""
     with suppress(OSError):
@@ -3282,10 +3314,13 @@ def open_run(
         raise Misconfigured(
             f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
         )
-    (teacher, _), (start, _) = found = [load_parent(stage, role, ckpt, state) for role in ROLES]
+    found = in_main(accelerator, lambda: [load_parent(stage, role, ckpt, state) for role in ROLES])
+    (teacher, _), (start, _) = found
     # one process downloads, see `download`
-    train, test = (load_images(stage, data, part, watch) for part in ("train", stage.tested_on))
+    parts = ("train", stage.tested_on)
+    train, test = together(accelerator, lambda: [load_images(stage, data, part, watch) for part in parts])
     images = {"train": images_digest(train), stage.tested_on: images_digest(test)}
+    check_alike(accelerator, images=images)
     if (len(train.labels), len(test.labels)) != (stage.train_size, stage.test_size) or (
         state and state.metadata.images != images
     ):
@@ -3299,8 +3334,7 @@ def open_run(
     run.parents = {role: parent for role, (_, parent) in zip(ROLES, found) if parent}
     if state:
         restore(run, state)
-        if accelerator.is_main_process:
-            go_on(run, ckpt / stage.name, state)
+        in_main(accelerator, lambda: go_on(run, ckpt / stage.name, state))
     return run
 
 
@@ -4489,30 +4523,27 @@ def keep_freed_memory() -> None:
 
 def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, restart: bool) -> None:
     """Train a stage from where it stands, keep every epoch and show it, until it ends or is stopped."""
-    folder = ckpt / stage.name
-    with (
-        locked(stage, ckpt) if accelerator.is_main_process else nullcontext() as check_held,  # None: another keeps it
-        out_of_memory(stage),
-    ):
-        state = None if restart else kept_state(stage, ckpt, whole=True)
+    folder, held = ckpt / stage.name, []
+    main, source = functools.partial(in_main, accelerator), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    check_alike(accelerator, stages=stage, versions=(source, torch.__version__))
+    with ExitStack() as lock, out_of_memory(stage):
+        main(lambda: held.append(lock.enter_context(locked(stage, ckpt))))  # which says in the main process if it holds
+        state = main(lambda: None if restart else kept_state(stage, ckpt, whole=True))
         if state and len(state.metadata.history) >= stage.epochs:
-            if check_held:
-                settle(folder, state, thorough=True)
+            main(lambda: settle(folder, state, thorough=True))
             say(view.console, f"stage {stage.name} is finished: {best_path(folder)} (--restart trains it anew)")
             return
         with StopRequest() as stop, view:
             stop.then = functools.partial(give_up, stage, state, stop)
-            run = open_run(stage, data, ckpt, accelerator, state, progress if check_held else unwatched)
-            if check_held:
-                run.notes += check_room(folder, run.student, anew=restart)
-                if restart and (aside := set_aside(folder)):
-                    run.notes.append(f"{folder} is now {aside}")
-                stop.anew = restart
-            open_trackers(stage, accelerator)
+            run = open_run(stage, data, ckpt, accelerator, state, progress if held else unwatched)
+            run.notes += main(lambda: check_room(folder, run.student, anew=restart))
+            if restart and (aside := main(lambda: set_aside(folder))):
+                run.notes.append(f"{folder} is now {aside}")
+            stop.anew = restart
+            together(accelerator, lambda: open_trackers(stage, accelerator))
             for event in stoppable(stage, run, stop):
-                if isinstance(event, EpochDone) and check_held:
-                    check_held(run.written)
-                    save_epoch(folder, stage, run)
+                if isinstance(event, EpochDone):
+                    main(lambda: (held[0](run.written), save_epoch(folder, stage, run)))
                     accelerator.log(event.record._asdict(), step=event.record.epoch)
                 view(event)
     accelerator.end_training()
@@ -4553,11 +4584,16 @@ def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
                 stop.then = lambda: None
             if stop.made() and len(run.history) < stage.epochs:  # a finished stage has nothing to stop
                 raise stop.stopped(stage, len(run.history))
-    except RuntimeError:  # a collective operation fails when another process has stopped one step earlier
+    except RuntimeError as error:  # a collective operation fails when another process has stopped one step earlier
         time.sleep(1)
         if stop.made():
             raise stop.stopped(stage, len(run.history)) from None
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise Failure(f"{GONE}; {resumption(stage, len(run.history), stop.anew)}") from None
         raise
+
+
+GONE = "another process is gone"
 
 
 def resumption(stage: Stage, done: int, anew: bool) -> str:
@@ -4760,7 +4796,7 @@ def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode:
     A process that another one's death stops says so, too: that counts for least.
     """
     text = "".join(trouble)
-    own = [each for each in said if each[0] != Stopped.exit_code]
+    own = [each for each in said if each[0] != Stopped.exit_code and not each[1].startswith(GONE)]
     if own:
         return own[0]
     if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", text):
@@ -4771,8 +4807,10 @@ def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode:
     ]
     if raised:
         return Failure.exit_code, [error for rank, error in raised if rank == raised[0][0]][-1]
-    if said:
+    if any(code == Stopped.exit_code for code, _ in said):
         return Stopped.exit_code, "stopped by a signal"
+    if said:
+        return said[0]
     signals = re.findall(r"SIG[A-Z]+", text)
     return Failure.exit_code, f"ended by {signals[0]}" if signals else f"ended without a word, exit code {returncode}"
 
@@ -4931,7 +4969,8 @@ def run_stage(
     accelerator = open_accelerator(timeout, log_with, ckpt)
     console = new_console(quiet=not accelerator.is_main_process)
     others = [find_stage(every, other) for other in among] if among else with_parents(every, [name])
-    view = choose_view(console, [read_kept(other, ckpt, strict=False) for other in others], stays=among is None)
+    kept = [read_kept(other, ckpt, strict=False) for other in others if accelerator.is_main_process]
+    view = choose_view(console, kept, stays=among is None)
     train_and_keep(stage, data, ckpt, accelerator, view, restart)
 
 
