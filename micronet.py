@@ -3262,15 +3262,17 @@ def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_d
 
 def together(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
     """Return what `act` returns in this process; raises the first failure of any process in all, so that none waits."""
-    from accelerate.utils import gather_object
-
-    result, error = None, None
+    result, failure = None, None
     try:
         result = act()
-    except (Failure, OSError) as failure:
-        error = failure
-    for failure in filter(None, gather_object([error])):
-        raise failure
+    except (Failure, OSError) as error:
+        failure = Unwritable(in_words(error)) if isinstance(error, OSError) else error
+    found = from_all((this_machine(), failure))
+    for machine, failure in found:
+        if failure and machine != found[0][0]:
+            failure.args = (f"{machine}: {failure}",)
+        if failure:
+            raise failure
     return result
 
 
@@ -3283,13 +3285,23 @@ def in_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
 
 def check_alike(accelerator: Accelerator, **facts: Any) -> None:
     """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts."""
-    from accelerate.utils import gather_object
-
-    (main, expected), *others = gather_object([(platform.node(), facts)])
-    for node, found in others:
+    (main, expected), *others = from_all((this_machine(), facts))
+    for machine, found in others:
         for name in facts:
             if found[name] != expected[name]:
-                raise Misconfigured(f"{name} on {node} differ from those on {main}, where the checkpoints are kept")
+                raise Misconfigured(f"{machine}: its {name} differ from those of {main}, which keeps the checkpoints")
+
+
+def from_all(value: Any) -> list[Any]:
+    """Return what all processes call this with, the main one's first."""
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def this_machine() -> str:
+    """Return what to call this machine, by its number where there are several."""
+    return f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
 
 
 def is_launched() -> bool:
@@ -4461,6 +4473,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.then: Callable[[], None] = lambda: None
         self.signum: int | None = None
+        self.launcher: int | None = None
         self.anew = False  # --restart has moved aside what was kept: with it the same command would not go on
 
     def __enter__(self) -> StopRequest:
@@ -4523,19 +4536,21 @@ def keep_freed_memory() -> None:
 
 def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, restart: bool) -> None:
     """Train a stage from where it stands, keep every epoch and show it, until it ends or is stopped."""
-    folder, held = ckpt / stage.name, []
+    folder, held, history, stop = ckpt / stage.name, [], (), StopRequest()
     main, source = functools.partial(in_main, accelerator), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     check_alike(accelerator, stages=stage, versions=(source, torch.__version__))
-    with ExitStack() as lock, out_of_memory(stage):
+    with ExitStack() as lock, out_of_memory(stage), not_alone(stage, stop, lambda: len(history)):
         main(lambda: held.append(lock.enter_context(locked(stage, ckpt))))  # which says in the main process if it holds
         state = main(lambda: None if restart else kept_state(stage, ckpt, whole=True))
-        if state and len(state.metadata.history) >= stage.epochs:
+        history = state.metadata.history if state else ()
+        if len(history) >= stage.epochs:
             main(lambda: settle(folder, state, thorough=True))
             say(view.console, f"stage {stage.name} is finished: {best_path(folder)} (--restart trains it anew)")
             return
-        with StopRequest() as stop, view:
+        with stop, view:
             stop.then = functools.partial(give_up, stage, state, stop)
             run = open_run(stage, data, ckpt, accelerator, state, progress if held else unwatched)
+            history = run.history
             run.notes += main(lambda: check_room(folder, run.student, anew=restart))
             if restart and (aside := main(lambda: set_aside(folder))):
                 run.notes.append(f"{folder} is now {aside}")
@@ -4570,6 +4585,23 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def not_alone(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
+    """Say in one line that another process is gone, of which collective operations fail; raises Failure or Stopped."""
+    try:
+        yield
+    except RuntimeError as error:
+        time.sleep(1)
+        if stop.made():  # as that one was, which stopped a step earlier
+            raise stop.stopped(stage, done()) from None
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise Failure(f"{GONE}; {resumption(stage, done(), stop.anew)}") from None
+
+
+GONE = "another process is gone"
+
+
 def give_up(stage: Stage, state: State | None, stop: StopRequest) -> None:
     """Stop a stage at once, before its first step, where nothing is at stake: raises Stopped."""
     raise stop.stopped(stage, len(state.metadata.history) if state else 0)
@@ -4577,23 +4609,12 @@ def give_up(stage: Stage, state: State | None, stop: StopRequest) -> None:
 
 def stoppable(stage: Stage, run: Run, stop: StopRequest) -> Iterator[Event]:
     """Train a stage until a stop is asked for; then raise Stopped, between two steps."""
-    try:
-        for event in train_stage(stage, run):
-            yield event
-            if isinstance(event, Stepped):
-                stop.then = lambda: None
-            if stop.made() and len(run.history) < stage.epochs:  # a finished stage has nothing to stop
-                raise stop.stopped(stage, len(run.history))
-    except RuntimeError as error:  # a collective operation fails when another process has stopped one step earlier
-        time.sleep(1)
-        if stop.made():
-            raise stop.stopped(stage, len(run.history)) from None
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            raise Failure(f"{GONE}; {resumption(stage, len(run.history), stop.anew)}") from None
-        raise
-
-
-GONE = "another process is gone"
+    for event in train_stage(stage, run):
+        yield event
+        if isinstance(event, Stepped):
+            stop.then = lambda: None
+        if stop.made() and len(run.history) < stage.epochs:  # a finished stage has nothing to stop
+            raise stop.stopped(stage, len(run.history))
 
 
 def resumption(stage: Stage, done: int, anew: bool) -> str:
@@ -4601,11 +4622,20 @@ def resumption(stage: Stage, done: int, anew: bool) -> str:
     return f"stage {stage.name} keeps {done} of {count(stage.epochs, 'epoch')}; {same} goes on from there"
 
 
+class Machine(NamedTuple):
+    """Which of several machines this is."""
+
+    rank: int = 0  # the checkpoints are kept on machine 0
+    address: str | None = None  # of machine 0
+    timeout: float = 600  # seconds to wait for the others
+
+
 class Launch(NamedTuple):
     """How a chain starts its stages."""
 
     command: list[str]  # up to the script
     environment: dict[str, str]
+    machines: int = 1
 
 
 DECIDED = re.compile(  # by the launch: what another one has left in the environment is not for this one
@@ -4617,7 +4647,7 @@ NONE = Accepts(lambda v: None if v else True, lambda: "none: only plain data par
 LAUNCH_KEYS: dict[str, Accepts] = {  # of a launch configuration: what can be honoured
     "compute_environment": one_of(lambda: ["LOCAL_MACHINE"]),
     "distributed_type": one_of(lambda: ["NO", "MULTI_GPU", "MULTI_CPU"]),
-    "num_machines": whole(1, 1),
+    "num_machines": whole(1, 1024),
     "machine_rank": whole(0, 0),
     "num_processes": whole(1, 1024),
     "main_process_port": whole(0, 65535),
@@ -4692,19 +4722,32 @@ def passed_on() -> dict[str, str]:
     return environment
 
 
-def plan_launch(config_file: Path, console: Console) -> Launch:
+def plan_launch(config_file: Path, console: Console, machine: Machine = Machine()) -> Launch:
     """Return the `accelerate launch` that trains on what is here, as near to the configuration as that allows.
 
-    Says so in one line where there are fewer GPUs than it asks for. Raises Misconfigured.
+    Says so in one line where there are fewer GPUs than it asks for; one of several machines has to have them all.
+    Raises Misconfigured.
     """
     import torch
 
     config = read_launch(config_file)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
-    environment = passed_on()
-    processes, gpus = config.num_processes, torch.cuda.device_count()
+    environment, machines = passed_on(), config.num_machines
+    processes, gpus = config.num_processes // machines, torch.cuda.device_count()
     wanted = f"{config_file} asks for {count(processes, 'GPU')}, this machine has"
-    if config.use_cpu and processes > 1:  # accelerate's launcher alone would start a single process
+    if machine.rank >= machines:
+        raise Misconfigured(f"--machine-rank {machine.rank}: {config_file} has num_machines = {machines}")
+    if machines > 1:
+        if config.num_processes % machines or not config.main_process_port:
+            needed = f"a main_process_port, and num_processes a multiple of {machines}"
+            raise Misconfigured(f"{config_file}: num_machines = {machines}: expected {needed}")
+        if not (address := machine.address or config.main_process_ip):
+            raise Misconfigured("--main-process-ip: is missing: expected the address of machine 0")
+        if not config.use_cpu and gpus < processes:
+            raise Misconfigured(f"{wanted} {gpus}")
+        command += ["--main_process_ip", address, "--machine_rank", str(machine.rank)]
+        command += ["--rdzv_conf", f"timeout={math.ceil(machine.timeout)}"]
+    if config.use_cpu and config.num_processes > 1:  # accelerate's launcher alone would start a single process
         command += ["--multi_gpu"]
         environment["ACCELERATE_USE_CPU"] = "1"
     elif not config.use_cpu and gpus == 0:
@@ -4718,18 +4761,53 @@ def plan_launch(config_file: Path, console: Console) -> Launch:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
         # threads that wait would hold their cores: beside another program a step would take many times as long
         environment.setdefault("GOMP_SPINCOUNT", "1000")
-    return Launch(command, environment)
+    return Launch(command, environment, machines)
 
 
 def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, stop: StopRequest) -> None:
     """Train a stage in processes of its own; raises Stopped where that is asked for, Failure unless it ends finished.
 
-    The stage draws on the terminal itself. Its errors pass through here, so that what comes with a failure can be told
-    in a line and kept; that pipe ends when the last process of the stage is gone.
+    The stage draws on the terminal itself.
     """
     if stop.made():
         raise stop.stopped(stage, len(read_kept(stage, ckpt).history))
-    command = [*launch.command, os.path.abspath(__file__), "run-stage", stage.name, *options, "--lifeline"]
+    said, trouble, returncode = launched(launch, stage.name, options, stop)
+    kept = read_kept(stage, ckpt)
+    if stop.signum is not None and not kept.is_finished:
+        raise stop.stopped(stage, len(kept.history))
+    if kept.is_finished and not said:
+        return sys.stderr.writelines(trouble)
+    raise stage_failure(kept, ckpt, said, trouble, returncode, stop.anew)
+
+
+def join_chain(launch: Launch, options: list[str], ckpt: Path, stop: StopRequest) -> None:
+    """Train, on a machine other than the first, what that one trains, until it says that this was the last stage.
+
+    Raises Stopped where that is asked for here, Failure where a stage does not end finished.
+    """
+    while True:
+        said, trouble, returncode = launched(launch, "-", [*options, "--with-main"], stop)
+        if stop.signum is not None:
+            raise Stopped("this machine is stopped: the others end, too", 128 + stop.signum)
+        if (0, LAST) in said:
+            return
+        if returncode:
+            code, reason = explain_failure(said, trouble, returncode)
+            raise Failure(reason if said else reason + kept_trouble(ckpt / "error.log", trouble), code)
+
+
+LAST = "that was the last stage"
+
+
+def launched(
+    launch: Launch, name: str, options: list[str], stop: StopRequest
+) -> tuple[list[tuple[int, str]], list[str], int]:
+    """Run a stage in processes of its own, to their end; return what they said (see `listen`) and the exit code.
+
+    Its errors pass through here, so that what comes with a failure can be told in a line and kept; that pipe ends when
+    the last process of the stage is gone.
+    """
+    command = [*launch.command, os.path.abspath(__file__), "run-stage", name, *options, "--lifeline"]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     # a session of its own, as Ctrl-C is for this process alone: the launcher would die of it with a traceback
     child = subprocess.Popen(command, env=launch.environment, start_new_session=True, **pipes)
@@ -4742,13 +4820,7 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     if stop.made():  # since it was asked above
         ask()
     with pausing(child.pid):
-        said, trouble = listen(child, stop)
-    kept = read_kept(stage, ckpt)
-    if stop.signum is not None and not kept.is_finished:
-        raise stop.stopped(stage, len(kept.history))
-    if kept.is_finished and not said:
-        return sys.stderr.writelines(trouble)
-    raise stage_failure(kept, ckpt, said, trouble, child.returncode, stop.anew)
+        return *listen(child, stop), child.returncode
 
 
 def listen(child: subprocess.Popen[str], stop: StopRequest) -> tuple[list[tuple[int, str]], list[str]]:
@@ -4774,12 +4846,8 @@ def stage_failure(
     """Return why a launched stage has failed, and keep in its error.log what the line leaves out."""
     name, (code, reason) = kept.stage.name, explain_failure(said, trouble, returncode)
     ours = (code, reason) in said
-    log = ckpt / name / "error.log"
-    if trouble and not ours:
-        with suppress(OSError):  # on a full disk, say
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text("".join(trouble), errors="replace")
-            reason += f" (all of it in {log})"
+    if not ours:
+        reason += kept_trouble(ckpt / name / "error.log", trouble)
     failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
     met_again = [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)]
     if not ours or code not in met_again:
@@ -4787,7 +4855,19 @@ def stage_failure(
     return Failure(failure, code)
 
 
-TROUBLE = re.compile(r"(\[rank\d+\]: ?)?Traceback \(most|[WE]\d{4} \d\d:\d\d|Fatal Python error|terminate called")
+def kept_trouble(log: Path, trouble: list[str]) -> str:
+    """Keep what others wrote in a file; return what to say of it, nothing where there is nothing to keep."""
+    if trouble:
+        with suppress(OSError):  # on a full disk, say
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(trouble), errors="replace")
+            return f" (all of it in {log})"
+    return ""
+
+
+TROUBLE = re.compile(
+    r"(\[rank\d+\]: ?)?(Traceback \(most|\[?[WE]\d{4} \d\d:\d\d)|Fatal Python error|terminate called"
+)
 
 
 def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode: int) -> tuple[int, str]:
@@ -4801,6 +4881,8 @@ def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode:
         return own[0]
     if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", text):
         return Failure.exit_code, "a process was killed (SIGKILL), perhaps for want of memory"
+    if met := re.search(r"next_rendezvous[^$]*^torch\.distributed\.\w+: (.*)", text, re.MULTILINE):
+        return Failure.exit_code, f"not all machines came ({met[1]})"
     raised = re.findall(r"^(\[rank\d+\]: ?)?(?!Traceback)((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
     raised = [
         (rank, error) for rank, error in raised if not re.match(r"subprocess\.Called|torch\.distributed\.", error)
@@ -4875,6 +4957,8 @@ Checkpoint = Annotated[Path, typer.Argument(help="A stage's folder such as ckpt/
 ConfigFile = Annotated[Path, typer.Option(help="Launch configuration of accelerate.")]
 Rules = Literal["seed", "official", "both"]
 Timeout = Annotated[float, typer.Option(min=1, max=10**6, help="Seconds that a process waits for another one.")]
+MachineRank = Annotated[int, typer.Option(min=0, envvar="SLURM_NODEID", help="Of several machines, which this is.")]
+Address = Annotated[str | None, typer.Option("--main-process-ip", help="Where the machine of rank 0 is reached.")]
 Precision = Literal["fp32", "bf16", "fp16"]
 LogWith = Annotated[str | None, typer.Option(help="Send each epoch's figures to tensorboard, wandb, ..., too.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=10**9, help="Seed, over what the stages file says.")]
@@ -4903,7 +4987,7 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
                     function(**options)
                     return check_said(lost=name in ("run-stage", "chain"))
-                if "stages" in options:
+                if "stages" in options and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # else all machines must know
                     over = settings(options.get("changes"), options.get("seed"))
                     load_stages(options["stages"], options["data"] or Path("data"), over)
                 for path in options.get("checkpoints") or [options.get("checkpoint")]:
@@ -4959,19 +5043,24 @@ def run_stage(
     log_with: LogWith = None,
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
     among: Annotated[list[str] | None, typer.Option(hidden=True, help="Stages to show; the chain's.")] = None,
+    with_main: Annotated[bool, typer.Option("--with-main", hidden=True, help="Train what machine 0 trains.")] = False,
+    last: Annotated[bool, typer.Option("--last", hidden=True, help="Tell the other machines that no more come.")] = False,
 ) -> None:
     """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
 
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
-    every = load_stages(stages, data, settings(changes, seed))
-    stage = find_stage(every, name)
     accelerator = open_accelerator(timeout, log_with, ckpt)
+    every = together(accelerator, lambda: load_stages(stages, data, settings(changes, seed)))
+    trained, no_more = in_main(accelerator, lambda: (name, last))
+    stage = together(accelerator, lambda: find_stage(every, trained if with_main else name))
     console = new_console(quiet=not accelerator.is_main_process)
-    others = [find_stage(every, other) for other in among] if among else with_parents(every, [name])
+    others = [find_stage(every, other) for other in among] if among else with_parents(every, [stage.name])
     kept = [read_kept(other, ckpt, strict=False) for other in others if accelerator.is_main_process]
     view = choose_view(console, kept, stays=among is None)
     train_and_keep(stage, data, ckpt, accelerator, view, restart)
+    if no_more and with_main and accelerator.is_local_main_process:
+        print(f"error 0: {LAST}", file=sys.stderr)  # for `join_chain`
 
 
 @command("chain", computes=False)
@@ -4988,12 +5077,23 @@ def chain(
     ] = False,
     timeout: Timeout = 600,
     log_with: LogWith = None,
+    machine_rank: MachineRank = 0,
+    main_process_ip: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
     """Train stages, teachers first. Finished ones are skipped, interrupted ones go on.
 
     Example: micronet.py chain ex exx
     """
+    machine, console = Machine(machine_rank, main_process_ip, timeout), new_console()
+    given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
+    options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
+    options += [f"--set={change}" for change in changes or ()]
+    if machine_rank and not dry_run:
+        with StopRequest() as stop:
+            launch = plan_launch(config_file, console, machine)
+            say(console, f"machine {machine_rank}: what is trained shows, and is kept, on machine 0")
+            return join_chain(launch, options, ckpt, stop)
     over = settings(changes, seed)
     every = load_stages(stages, data, over)
     named = names or list(every)
@@ -5003,17 +5103,16 @@ def chain(
         for role, parent in needed(stage).items():
             if parent not in left:
                 find_parent(stage.stage, role, ckpt)
-    console = new_console()
     for reason in (reason for each in todo for reason in each.refused):
         say(console, f"WARNING: {reason}")
     if dry_run:
         console.print(stages_table(todo, PLAN, "What the chain would do, in this order"))
         return
-    given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
-    options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
-    options += [f"--set={change}" for change in changes or ()] + [f"--among={each.stage.name}" for each in todo]
+    options += [f"--among={each.stage.name}" for each in todo]
+    if not left and config_file.is_file() and re.search(r"^num_machines: *0*([2-9]|1\d)", config_file.read_text(), re.M):
+        left = {each.stage.name: each.stage for each in todo[-1:]}  # which tells the other machines that all is done
     with StopRequest() as stop:
-        launch = plan_launch(config_file, console) if left else None
+        launch = plan_launch(config_file, console, machine) if left else None
         for name in named if restart else ():
             with locked(every[name], ckpt):
                 if aside := set_aside(ckpt / name):
@@ -5024,7 +5123,7 @@ def chain(
                 if load_stages(stages, data, over).get(name) != stage:
                     raise Misconfigured(f"{stages}: stage {name} has changed since this chain began: start it again")
                 say(console, f"stage {name} is being started")
-                launch_stage(launch, stage, options, ckpt, stop)
+                launch_stage(launch, stage, options + ["--last"] * (name == [*left][-1]), ckpt, stop)
         finally:
             console.show_cursor()  # which a stage that was killed has left hidden
             console.print(outcome_table([read_kept(each.stage, ckpt, strict=False) for each in todo]))

@@ -247,7 +247,7 @@ CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed
     ("dynamo_config: {dynamo_backend: nothing}", "dynamo_backend = "),
     ("dynamo_config: [1]", "dynamo_config = "),
     ("main_process_port: 70000", "main_process_port = 70000: expected a whole number from 0 to 65,535"),
-    ("num_machines: 2", "num_machines = 2: expected a whole number from 1 to 1"),
+    ("num_machines: 0", "num_machines = 0: expected a whole number from 1 to 1,024"),
     ("gpu_ids: [0]", "gpu_ids = "),
     ("unknown: 1", "unknown"),
     ("x: " + "[" * 5000, "not a launch configuration"),

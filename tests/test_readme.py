@@ -12,14 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, WIDE, build_network, invoke
 from test_images import messy
 
-from micronet import find_parent, fold_network, layer_costs, load_stages, read_metadata, total_cost
+from micronet import (
+    Machine, find_parent, fold_network, layer_costs, load_stages, new_console, plan_launch, read_metadata, total_cost,
+)  # fmt: skip
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for kind, block in BLOCKS
+    if kind == "bash" and "#SBATCH" not in block
+    for line in block.splitlines()
+]
 DEMO = "pip install uv && uv run micronet.py chain --stages demo.toml"
 
 
@@ -178,6 +186,19 @@ def test_the_stage_example(clone: Path, tmp_path: Path) -> None:
     stage, pruned = (load_stages(path)[name] for name in ("tiny", "tiny_pruned"))
     assert (stage.teacher, stage.lr.peak, stage.width, stage.weight_decay) == ("b0", 0.2, 0.5, 1e-4)
     assert (pruned.start, pruned.sparsity, pruned.multipliers) == ("tiny", 0.8, stage.multipliers)
+
+
+def test_the_example_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launch is one that can be had where the GPUs are; its script is one that bash can read."""
+    (cluster,) = [block for kind, block in BLOCKS if kind == "yaml"]
+    (script,) = [block for kind, block in BLOCKS if kind == "bash" and "#SBATCH" in block]
+    (tmp_path / "cluster.yaml").write_text(cluster)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    launch = plan_launch(tmp_path / "cluster.yaml", new_console(quiet=True), Machine(1, "10.0.0.1"))
+    assert launch.machines == 2 and "--machine_rank 1" in " ".join(launch.command)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    options = re.findall(r"--config-file|--main-process-ip", script)
+    assert len(options) == 2 and all(option in invoke("chain", "--help").stdout for option in options)
 
 
 def test_the_python_example(clone: Path) -> None:
