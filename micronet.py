@@ -2543,9 +2543,10 @@ def model_card(
     metric = {"type": "accuracy", "name": f"top-1, percent of {on}", "value": top1}
     tested = {"task": {"type": "image-classification"}, "dataset": {"name": stage.dataset, "type": stage.dataset}}
     index = json.dumps([{"name": stage.name, "results": [tested | {"metrics": [metric]}]}])
-    taught = f", taught by {about.teacher.stage} ({percent(about.teacher.tested.top1)})" if about.teacher else ""
+    words = {"teacher": "taught by", "start": "begun with the weights of"}
+    parents = [f", {words[r]} {p.stage} ({percent(p.tested.top1)})" for r, p in about.parents.items()]
     pruned = f", pruned: {pruning(stage)}" if stage.sparsity else ""
-    source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{taught}{pruned}"
+    source = f"trained by micronet on {stage.train_size:,} images of {stage.dataset}{''.join(parents)}{pruned}"
     chosen = ""
     if about.images and result["on"].startswith(stage.tested_on):
         is_last = about.epoch == about.last.epoch

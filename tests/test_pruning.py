@@ -490,11 +490,12 @@ def test_a_card_tells_bits_and_counts_what_they_earn(bits: int, score: float | N
     """A scored network; at 8 bits the free 16 are lost."""
     tested = micronet.Tested(3, 70.0, 90.0)
     stage = Stage("s", network="efficientnet_ex", sparsity=0.8, prune_epochs=2, epochs=3)
-    about = micronet.Metadata(stage, (), 3, tested, tested, images={"test": "0"})
+    start = micronet.Parent("x", "wide", "0", tested)
+    about = micronet.Metadata(stage, (), 3, tested, tested, start=start, images={"test": "0"})
     cost = micronet.Cost(10, 20, 30, 10) if bits == 16 else micronet.EightBitCost(10, 20, 30, 10, 0, 18, 40, 35)
     result = {"bits": bits, "score": score, "top1": 69.5, "images": 100, "on": "test images", "bytes": 77}
     card = micronet.model_card(Path("x.onnx"), about, 1.5, cost, result)
     assert f"| MicroNet score | {score:.4f} |" in card and f"| bits of a weight | {bits} |" in card
     half = {16: "a multiplication of 16 bits counting half", 8: "one of 8 bits counting a quarter"}[bits]
     assert f"| operations, {half} | {ops} |" in card and "of 100 test images of epoch 3, the last" in card
-    assert "pruned: 80 % of the weights, over 2 epochs" in card
+    assert "images of cifar100, begun with the weights of wide (70.00 %), pruned: 80 % of the weights, over 2" in card
