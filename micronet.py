@@ -1372,7 +1372,7 @@ class Cost(NamedTuple):
 
 
 class EightBitCost(NamedTuple):
-    """What a network or a layer with weights and activations of 8 bits costs for one image: the free 16 are lost."""
+    """What a network or a layer with weights and activations of 8 bits costs for one image."""
 
     params: int  # weights and biases
     flops: int
@@ -1502,7 +1502,7 @@ def count_eight_bits(operation: Operation) -> EightBitCost:
 
     A value is bits / 32 of a word, an operation as much as the wider of its inputs. Biases (int32), a channel's scale
     and sums have 32 bits, or sums as many as hold the largest there can be. Each result is scaled once more, at 32
-    bits, and has a scale and a zero point of its own.
+    bits, and has a scale and a zero point of its own; the image's count as little as its normalisation does.
     """
     what, n, cost = operation.what, operation.outputs, count_officially(operation)
     stored_bits, wide, narrow = 0, 8, 8
@@ -1511,13 +1511,13 @@ def count_eight_bits(operation: Operation) -> EightBitCost:
             channels = len(what.weight)
             weights, biases = what.weight.long().flatten(1).abs().sum(1), what.bias.long().abs()
             wide, narrow = 32, 1 + int((255 * weights + biases).max()).bit_length()  # with a sign
-            stored_bits = 8 * (cost.params - channels) + 2 * 32 * channels + cost.mask_bits
+            stored_bits = 0 if operation.again else 8 * (cost.params - channels) + 2 * 32 * channels + cost.mask_bits
         case nn.AdaptiveAvgPool2d() | nn.AvgPool2d():
             wide, narrow = 32, (255 * operation.inputs // n).bit_length()
     scaled = n if cost.mults + cost.adds else 0
     stored_bits += (32 + 8) * bool(scaled)
-    least = [cost.mults / 4 + scaled + cost.adds * bits / 32 for bits in (wide, narrow)]
-    return EightBitCost(*cost, stored_bits / 8, *least)
+    ops = [cost.mults / 4 + scaled + cost.adds * bits / 32 for bits in (wide, narrow)]
+    return EightBitCost(*cost, stored_bits / 8, *ops)
 
 
 def count_alike(operation: Operation) -> Cost:
@@ -2388,13 +2388,12 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, Any]]:
-    """Return what a network of `NETWORKS` or of a checkpoint costs by some `RULES`, and a checkpoint's accuracy."""
+    """Return what a network of `NETWORKS` or of a file costs by some `RULES`, and a file's accuracy; raises Failure."""
     about = None
     if full := find_network(name):
         name, found = full, operations(build_network(Stage(full, network=full)))
     elif name.endswith(".onnx"):
-        about = open_network(Path(name))[1]
-        content = read_beginning(Path(name), MOST)[0]
+        content, _, about = read_onnx(Path(name))
         found = onnx_operations(Path(name), content, about.exported.bits, about.stage)
     elif is_path(name):
         tensors, about = load_checkpoint(Path(name))
@@ -2403,16 +2402,13 @@ def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, 
         raise Misconfigured(f"{shown(name)}: expected a network ({', '.join(NETWORKS)}) or the path of a checkpoint")
     kinds = {o.layer: getattr(o.what, "__name__", type(o.what).__name__) for o in found}
     scored, top1 = about is None or about.stage.is_scored, about and about.tested.top1
+    eight = about and about.exported and about.exported.bits == 8
+    counting: dict[str, Callable[[Operation], Any]] = {"official": count_eight_bits} if eight else RULES
+    if not counting.keys() & {*counts}:
+        raise Misconfigured(f"{name}: the authors have no count for 8 bits: expected --rules official")
     results = []
-    for rules in counts:
-        if about and about.exported and about.exported.bits == 8:
-            if counts == ["seed"]:
-                raise Misconfigured(f"{name}: the authors have no count for 8 bits: expected --rules official")
-            if rules == "seed":
-                continue
-            costs = by_layer(found, count_eight_bits)
-        else:
-            costs = by_layer(found, RULES[rules])
+    for rules in (rules for rules in counts if rules in counting):
+        costs = by_layer(found, counting[rules])
         results.append({"name": name, "rules": rules, **figures(total_cost(costs.values()), scored), "top1": top1})
         if layers:
             each = [{"layer": layer, "kind": kinds[layer], **figures(c, scored)} for layer, c in costs.items()]
@@ -2423,8 +2419,8 @@ def score_network(name: str, counts: list[str], layers: bool) -> list[dict[str, 
 def figures(cost: Cost | EightBitCost, scored: bool) -> dict[str, float | None]:
     """Return what a cost is made of and comes to, without scores where they mean nothing."""
     names = ("bytes", "ops", "score", "ops_32bit", "score_32bit", "ops_narrow", "score_narrow")
-    shown = {name: getattr(cost, name, None) for name in names if scored or not name.startswith("score")}
-    return cost._asdict() | dict.fromkeys(names) | shown
+    means = {name: getattr(cost, name, None) if scored or not name.startswith("score") else None for name in names}
+    return cost._asdict() | means
 
 
 class Shipped(nn.Module):
@@ -2552,7 +2548,7 @@ def model_card(
         is_last = about.epoch == about.last.epoch
         chosen = f" of epoch {about.epoch}, the last" if is_last else ", on which its epoch was chosen"
     score = f"| MicroNet score | {result['score']:.4f} |\n" if result["score"] is not None else ""
-    half = "a multiplication of 16 bits counting half" if result["bits"] == 16 else "one of 8 bits counting a quarter"
+    counting = {16: "a multiplication of 16 bits counting half", 8: "one of 8 bits counting a quarter"}[result["bits"]]
     order = ", in the order of labels.txt" if about.class_names else ""
     softmax = f" Softmax of {scale:.4g} x the outputs gives rough probabilities." if scale else ""
     return f"""---
@@ -2570,7 +2566,7 @@ tags: [efficientnet]
 | top-1 of {out.name} | {"not measured" if top1 is None else f"{percent(top1)} of {on}{chosen}"} |
 | parameters | {cost.params:,} |
 | multiply-accumulates | {cost.flops:,} |
-| operations, {half} | {cost.ops:,.0f} |
+| operations, {counting} | {cost.ops:,.0f} |
 | bits of a weight | {result["bits"]} |
 | bytes | {result["bytes"]:,} |
 {score}
@@ -2607,8 +2603,15 @@ def open_network(path: Path) -> tuple[Callable[[Tensor], Tensor], Metadata]:
     if path.suffix != ".onnx":
         tensors, about = load_checkpoint(path)
         return network_from(path, tensors, about), about
+    _, session, about = read_onnx(path)
+    return functools.partial(run_onnx, session), about
+
+
+def read_onnx(path: Path) -> tuple[bytes, Any, Metadata]:
+    """Return an ONNX file of this program's, onnxruntime's session of it and what explains it; raises Failure."""
     check_packages(path, "onnxruntime")
-    session = open_onnx(path, read_beginning(path, MOST)[0])
+    content = read_beginning(path, MOST)[0]
+    session = open_onnx(path, content)
     try:
         explained = session.get_modelmeta().custom_metadata_map.get("micronet", "")
         about = parse_metadata(path, json.loads(explained, object_pairs_hook=once))
@@ -2617,24 +2620,29 @@ def open_network(path: Path) -> tuple[Callable[[Tensor], Tensor], Metadata]:
     shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
     if shapes != [[3, about.stage.side, about.stage.side], [about.stage.classes]]:
         raise Refused(f"{path}: its metadata are of another network")
-    return functools.partial(run_onnx, session), about
+    return content, session, about
 
 
 def onnx_operations(path: Path, content: bytes, bits: int, stage: Stage) -> list[Operation]:
-    """Return the operations of a network that was exported to ONNX, with the file's weights; raises Refused."""
+    """Return the operations of a network that was exported to ONNX, with the file's weights; raises Failure.
+
+    The runtime unpacks those: they become outputs, of which one run returns the values.
+    """
+    check_packages(path, "onnx", "onnxruntime")
     import onnx
 
     model, found = onnx.load_model_from_string(content), operations(fold_network(build_network(stage)))
     layers = [each.what for each in found if isinstance(each.what, nn.Conv2d | nn.Linear)]
     made = {name: node for node in model.graph.node for name in node.output}
     names = [name for node in model.graph.node if node.op_type in ("Conv", "Gemm") for name in node.input[1:]]
-    if bits == 8:  # before they are scaled
-        names = [made[name].input[0] for name in names if name in made]
+    scaled = [name in made and made[name].op_type == "DequantizeLinear" for name in names]
+    if bits == 8 and all(scaled):  # before they are
+        names = [made[name].input[0] for name in names]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     image = {"images": torch.zeros(1, 3, stage.side, stage.side).numpy()}
     tensors = [torch.from_numpy(array) for array in open_onnx(path, model.SerializeToString()).run(names, image)]
     empty = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in empty]:
+    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in empty] or {*scaled} != {bits == 8}:
         raise Refused(f"{path}: its metadata are of another network")
     for layer, weight, bias in zip(layers, tensors[::2], tensors[1::2]):
         layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
@@ -2676,6 +2684,8 @@ def check_export(target: Path, source: Path, bits: int) -> None:
         raise Misconfigured(f"{target}: expected a name that ends in {', '.join(EXPORTS)}")
     if bits not in (8, 16) or bits == 8 and target.suffix != ".onnx":
         raise Misconfigured(f"--bits {bits}: expected 16, or 8 for a name that ends in .onnx")
+    if source.suffix in EXPORTS[1:]:
+        raise Misconfigured(f"{source}: expected a checkpoint or .safetensors, what {source.suffix} was exported from")
     if target.resolve() == source.resolve():
         raise Misconfigured(f"{target}: is what is to be exported: expected another name")
     check_output(target, older=r'\\?"exported\\?": {')
@@ -2777,7 +2787,7 @@ def onnx_tensor(tensor: Any) -> Tensor:
 
 
 def pack_onnx(model: Any, bits: int) -> None:
-    """Keep an ONNX model's weights at some bits, one after the other, and those that are sparse as `pack` does.
+    """Keep an ONNX model's weights at some bits, one after the other; sparse ones as `pack` does, with one mask for all.
 
     Runtimes unpack them when they load the model. At 8 bits those that are not sparse stay as other tools expect them.
     """
@@ -2790,7 +2800,8 @@ def pack_onnx(model: Any, bits: int) -> None:
     rest = {name: weight for name, weight in weights.items() if name not in sparse and bits == 16}
     tensors, nodes = {}, []
     if sparse:
-        packed = pack({"values": torch.cat([weight.flatten() for weight in sparse.values()])[None]})
+        joined = torch.cat([weight.flatten() for weight in sparse.values()])  # sparse, too, as each of them is
+        packed = pack({"values": joined[None]})  # which packs what has more dimensions than one
         values = F.pad(packed["values"], (0, 1))  # what positions after the last value look up, and do not take
         tensors |= {"values": values, "mask": packed["values" + MASK]}
         nodes.append(helper.make_node("Unpack", [*tensors], ["unpacked"], domain="micronet"))
@@ -2814,9 +2825,7 @@ def pack_onnx(model: Any, bits: int) -> None:
             tensors[shape := f"{[*weight.shape]}"] = torch.tensor(weight.shape)
             nodes.append(helper.make_node("Reshape", [name + ".flat", shape], [name]))
     graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items())
-    nodes += graph.node
-    del graph.node[:]
-    graph.node.extend(nodes)
+    put_first(graph, nodes)
 
 
 UNPACK = """<domain: "micronet", opset_import: ["": OPSET]>
@@ -2838,32 +2847,42 @@ Unpack (values, mask) => (dense) {
 }"""
 
 
-def shorten(model: Any) -> None:
-    """Take what no runtime needs out of an ONNX model: long names, shapes between nodes, and what ONNX takes for given.
+def put_first(graph: Any, nodes: list[Any]) -> None:
+    """Put nodes before all others of an ONNX graph, which takes in copies of nodes alone."""
+    nodes = [*nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
-    Given are an attribute's default, a zero point of zero, and a bias's scale: that of the inputs times the weights'.
+
+def drop_defaults(node: Any, version: int) -> None:
+    """Take out of a node of an ONNX graph what it is called, and attributes that say what goes without saying."""
+    from onnx import defs
+
+    node.ClearField("metadata_props")
+    node.ClearField("name")
+    defaults = {} if node.domain else defs.get_schema(node.op_type, version, "").attributes
+    neutral = {"strides": {1}, "dilations": {1}, "pads": {0}}  # which no schema knows, as their length varies
+    for each in list(node.attribute):
+        default = each.name in defaults and each == defaults[each.name].default_value
+        inferred = node.op_type == "Conv" and each.name == "kernel_shape"
+        if default or inferred or neutral.get(each.name) == {*each.ints}:
+            node.attribute.remove(each)
+
+
+def shorten(model: Any) -> None:
+    """Take what no runtime needs out of an ONNX model: long names, shapes between nodes, defaults.
+
+    And of what is quantised zero points of zero, and the scales of biases, which are computed: inputs' times weights'.
     """
-    from onnx import defs, helper
+    from onnx import helper
 
     graph, version = model.graph, next(each.version for each in model.opset_import if not each.domain)
     held = {each.name: each for each in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
-    neutral = {"strides": 1, "dilations": 1, "pads": 0}
     wanted = {node.input[1] for node in graph.node if node.op_type == "Gemm"}  # or onnxruntime would not fuse it
     scales = []
     for node in graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("name")
-        defaults = {} if node.domain else defs.get_schema(node.op_type, version, "").attributes
-        for each in list(node.attribute):
-            value = helper.get_attribute_value(each)
-            if each.name in neutral and {*value} == {neutral[each.name]}:
-                node.attribute.remove(each)
-            elif each.name == "kernel_shape" and node.op_type == "Conv":
-                node.attribute.remove(each)
-            elif each.name in defaults and each.type == defaults[each.name].default_value.type:
-                if value == helper.get_attribute_value(defaults[each.name].default_value):
-                    node.attribute.remove(each)
+        drop_defaults(node, version)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.output[0] not in wanted:
             if not onnx_tensor(held[node.input[2]]).any():
                 del node.input[2]  # one that quantises is then of uint8, as all of them are
@@ -2871,9 +2890,8 @@ def shorten(model: Any) -> None:
             inputs, weight, bias = (made[name].input for name in node.input)
             scales.append(helper.make_node("Mul", [inputs[1], weight[1]], [bias[1]]))
             graph.initializer.remove(held.pop(bias[1]))
-    nodes = scales + [*graph.node]
-    del graph.node[:], graph.value_info[:], graph.metadata_props[:]
-    graph.node.extend(nodes)
+    put_first(graph, scales)
+    del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
     used = {name for node in graph.node for name in node.input}
     for name in held.keys() - used:
         graph.initializer.remove(held[name])
@@ -3261,19 +3279,19 @@ def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_d
     return accelerator
 
 
-def together(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """Return what `act` returns in this process; raises the first failure of any process in all, so that none waits."""
+def together(act: Callable[[], Any]) -> Any:
+    """Return what `act` returns in this process; raises the first Failure or OSError of any in all, so none waits."""
     result, failure = None, None
     try:
         result = act()
     except (Failure, OSError) as error:
         failure = Unwritable(in_words(error)) if isinstance(error, OSError) else error
     found = from_all((this_machine(), failure))
-    for machine, failure in found:
-        if failure and machine != found[0][0]:
-            failure.args = (f"{machine}: {failure}",)
-        if failure:
-            raise failure
+    for machine, first in found:
+        if first and len({machine for machine, _ in found}) > 1:
+            first.args = (f"{machine}: {first}",)
+        if first:
+            raise first
     return result
 
 
@@ -3281,16 +3299,16 @@ def in_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
     """Return, in every process, what `act` returns in the main one, which alone reads and writes checkpoints."""
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([together(accelerator, act if accelerator.is_main_process else lambda: None)])[0]
+    return broadcast_object_list([together(act if accelerator.is_main_process else lambda: None)])[0]
 
 
-def check_alike(accelerator: Accelerator, **facts: Any) -> None:
-    """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts."""
+def check_alike(facts: dict[str, Any]) -> None:
+    """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts, by name."""
     (main, expected), *others = from_all((this_machine(), facts))
     for machine, found in others:
         for name in facts:
             if found[name] != expected[name]:
-                raise Misconfigured(f"{machine}: its {name} differ from those of {main}, which keeps the checkpoints")
+                raise Misconfigured(f"{machine}: another {name} than on {main}, which keeps the checkpoints")
 
 
 def from_all(value: Any) -> list[Any]:
@@ -3301,7 +3319,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def this_machine() -> str:
-    """Return what to call this machine, by its number where there are several."""
+    """Return this machine's number and host name, for messages."""
     return f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
 
 
@@ -3321,19 +3339,19 @@ def open_run(
     stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, state: State | None, watch: Watch = unwatched
 ) -> Run:
     """Put data, student, teacher and optimiser on the device, as a state left them or as the stage begins."""
-    parts = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    if stage.batch_size % parts:
+    shares = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    if stage.batch_size % shares:
         words = f"{accelerator.num_processes} processes x {accelerator.gradient_accumulation_steps} accumulation steps"
         raise Misconfigured(
-            f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {parts} ({words})"
+            f"stage {stage.name}: batch_size = {stage.batch_size}: expected a multiple of {shares} ({words})"
         )
     found = in_main(accelerator, lambda: [load_parent(stage, role, ckpt, state) for role in ROLES])
     (teacher, _), (start, _) = found
     # one process downloads, see `download`
     parts = ("train", stage.tested_on)
-    train, test = together(accelerator, lambda: [load_images(stage, data, part, watch) for part in parts])
+    train, test = together(lambda: [load_images(stage, data, part, watch) for part in parts])
     images = {"train": images_digest(train), stage.tested_on: images_digest(test)}
-    check_alike(accelerator, images=images)
+    check_alike({f"content of {stage.dataset}": images})
     if (len(train.labels), len(test.labels)) != (stage.train_size, stage.test_size) or (
         state and state.metadata.images != images
     ):
@@ -4537,11 +4555,13 @@ def keep_freed_memory() -> None:
 
 def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerator, view: Plain, restart: bool) -> None:
     """Train a stage from where it stands, keep every epoch and show it, until it ends or is stopped."""
-    folder, held, history, stop = ckpt / stage.name, [], (), StopRequest()
-    main, source = functools.partial(in_main, accelerator), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    check_alike(accelerator, stages=stage, versions=(source, torch.__version__))
-    with ExitStack() as lock, out_of_memory(stage), not_alone(stage, stop, lambda: len(history)):
-        main(lambda: held.append(lock.enter_context(locked(stage, ckpt))))  # which says in the main process if it holds
+    folder, main, stop = ckpt / stage.name, functools.partial(in_main, accelerator), StopRequest()
+    own_file = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    check_alike({f"stage {stage.name}": stage, "micronet.py": own_file, "torch": torch.__version__})
+    held: list[Callable[[Metadata | None], None]] = []  # in the main process, what tells whether the lock is
+    history: Collection[Record] = ()
+    with ExitStack() as stack, peer_failures(stage, stop, lambda: len(history)), out_of_memory(stage):
+        main(lambda: held.append(stack.enter_context(locked(stage, ckpt))))
         state = main(lambda: None if restart else kept_state(stage, ckpt, whole=True))
         history = state.metadata.history if state else ()
         if len(history) >= stage.epochs:
@@ -4556,10 +4576,15 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
             if restart and (aside := main(lambda: set_aside(folder))):
                 run.notes.append(f"{folder} is now {aside}")
             stop.anew = restart
-            together(accelerator, lambda: open_trackers(stage, accelerator))
+            together(lambda: open_trackers(stage, accelerator))
+
+            def keep() -> None:
+                held[0](run.written)  # raises unless the stage is still this process's
+                save_epoch(folder, stage, run)
+
             for event in stoppable(stage, run, stop):
                 if isinstance(event, EpochDone):
-                    main(lambda: (held[0](run.written), save_epoch(folder, stage, run)))
+                    main(keep)
                     accelerator.log(event.record._asdict(), step=event.record.epoch)
                 view(event)
     accelerator.end_training()
@@ -4587,13 +4612,13 @@ def out_of_memory(stage: Stage) -> Iterator[None]:
 
 
 @contextmanager
-def not_alone(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
+def peer_failures(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
     """Say in one line that another process is gone, of which collective operations fail; raises Failure or Stopped."""
     try:
         yield
     except RuntimeError as error:
-        time.sleep(1)
-        if stop.made():  # as that one was, which stopped a step earlier
+        time.sleep(1)  # until the signal that has stopped that one a step earlier is here, too
+        if stop.made():
             raise stop.stopped(stage, done()) from None
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
@@ -4624,7 +4649,7 @@ def resumption(stage: Stage, done: int, anew: bool) -> str:
 
 
 class Machine(NamedTuple):
-    """Which of several machines this is."""
+    """Which of several machines this is, and how the others are met."""
 
     rank: int = 0  # the checkpoints are kept on machine 0
     address: str | None = None  # of machine 0
@@ -4636,7 +4661,6 @@ class Launch(NamedTuple):
 
     command: list[str]  # up to the script
     environment: dict[str, str]
-    machines: int = 1
 
 
 DECIDED = re.compile(  # by the launch: what another one has left in the environment is not for this one
@@ -4669,12 +4693,26 @@ def dynamo_backends() -> list[str]:
     return [name for backend in DynamoBackend for name in (backend.value, backend.value.lower())]
 
 
-def read_launch(config_file: Path) -> Any:
-    """Return accelerate's view of a launch configuration; raises Misconfigured unless all of it can be honoured."""
+@contextmanager
+def reading_launch(config_file: Path) -> Iterator[None]:
+    """Raise Misconfigured for whatever reading a launch configuration fails of."""
     import yaml
-    from accelerate.commands.config.config_args import load_config_from_file
 
     try:
+        yield
+    except OSError as error:
+        raise Misconfigured(
+            f"{config_file}: {error.strerror or error}; expected accelerate's configuration (--config-file)"
+        ) from None
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
+
+
+def launch_table(config_file: Path) -> dict[str, Any]:
+    """Return what stands in a launch configuration, checked as far as we know it; raises Misconfigured."""
+    import yaml
+
+    with reading_launch(config_file):
         with open_regular(config_file) as file:
             table = yaml.safe_load(file.read(2**16))
         if not isinstance(table, dict):
@@ -4689,16 +4727,19 @@ def read_launch(config_file: Path) -> Any:
         for name, value in (table | dynamo).items():
             if (accepts := LAUNCH_KEYS.get(name)) and accepts.parse(value) is None:
                 raise unacceptable(f"{config_file}", name, value, accepts.words())
+        return table
+
+
+def read_launch(config_file: Path) -> Any:
+    """Return accelerate's view of a launch configuration; raises Misconfigured unless all of it can be honoured."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    with reading_launch(config_file):
+        launch_table(config_file)
         config = load_config_from_file(str(config_file))
         if config.num_processes < 1:
             raise ValueError("num_processes is missing")
         return config
-    except OSError as error:
-        raise Misconfigured(
-            f"{config_file}: {error.strerror or error}; expected accelerate's configuration (--config-file)"
-        ) from None
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
-        raise Misconfigured(f"{config_file}: not a launch configuration of accelerate: {error}") from None
 
 
 def usable_cores(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -4762,7 +4803,7 @@ def plan_launch(config_file: Path, console: Console, machine: Machine = Machine(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
         # threads that wait would hold their cores: beside another program a step would take many times as long
         environment.setdefault("GOMP_SPINCOUNT", "1000")
-    return Launch(command, environment, machines)
+    return Launch(command, environment)
 
 
 def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, stop: StopRequest) -> None:
@@ -4776,7 +4817,7 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     kept = read_kept(stage, ckpt)
     if stop.signum is not None and not kept.is_finished:
         raise stop.stopped(stage, len(kept.history))
-    if kept.is_finished and not said:
+    if kept.is_finished and not said and "next_rendezvous" not in "".join(trouble):
         return sys.stderr.writelines(trouble)
     raise stage_failure(kept, ckpt, said, trouble, returncode, stop.anew)
 
@@ -4787,16 +4828,17 @@ def join_chain(launch: Launch, options: list[str], ckpt: Path, stop: StopRequest
     Raises Stopped where that is asked for here, Failure where a stage does not end finished.
     """
     while True:
-        said, trouble, returncode = launched(launch, "-", [*options, "--with-main"], stop)
-        if stop.signum is not None:
-            raise Stopped("this machine is stopped: the others end, too", 128 + stop.signum)
+        said, trouble, returncode = launched(launch, WITH_MAIN, options, stop)
         if (0, LAST) in said:
             return
+        if stop.signum is not None:
+            raise Stopped("this machine is stopped: the others end, too", 128 + stop.signum)
         if returncode:
             code, reason = explain_failure(said, trouble, returncode)
-            raise Failure(reason if said else reason + kept_trouble(ckpt / "error.log", trouble), code)
+            raise Failure(reason if said else reason + write_error_log(ckpt / "error.log", trouble), code)
 
 
+WITH_MAIN = "-"  # in place of a stage's name: the one that the main process trains
 LAST = "that was the last stage"
 
 
@@ -4848,7 +4890,7 @@ def stage_failure(
     name, (code, reason) = kept.stage.name, explain_failure(said, trouble, returncode)
     ours = (code, reason) in said
     if not ours:
-        reason += kept_trouble(ckpt / name / "error.log", trouble)
+        reason += write_error_log(ckpt / name / "error.log", trouble)
     failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
     met_again = [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)]
     if not ours or code not in met_again:
@@ -4856,7 +4898,7 @@ def stage_failure(
     return Failure(failure, code)
 
 
-def kept_trouble(log: Path, trouble: list[str]) -> str:
+def write_error_log(log: Path, trouble: list[str]) -> str:
     """Keep what others wrote in a file; return what to say of it, nothing where there is nothing to keep."""
     if trouble:
         with suppress(OSError):  # on a full disk, say
@@ -4866,9 +4908,7 @@ def kept_trouble(log: Path, trouble: list[str]) -> str:
     return ""
 
 
-TROUBLE = re.compile(
-    r"(\[rank\d+\]: ?)?(Traceback \(most|\[?[WE]\d{4} \d\d:\d\d)|Fatal Python error|terminate called"
-)
+TROUBLE = re.compile(r"(\[rank\d+\]: ?)?(Traceback \(most|\[?[WE]\d{4} \d\d:\d\d)|Fatal Python error|terminate called")
 
 
 def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode: int) -> tuple[int, str]:
@@ -4882,7 +4922,7 @@ def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode:
         return own[0]
     if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", text):
         return Failure.exit_code, "a process was killed (SIGKILL), perhaps for want of memory"
-    if met := re.search(r"next_rendezvous[^$]*^torch\.distributed\.\w+: (.*)", text, re.MULTILINE):
+    if met := re.search(r"next_rendezvous(?s:.*)^torch\.distributed\.\w+: (.*)", text, re.MULTILINE):
         return Failure.exit_code, f"not all machines came ({met[1]})"
     raised = re.findall(r"^(\[rank\d+\]: ?)?(?!Traceback)((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
     raised = [
@@ -4958,7 +4998,9 @@ Checkpoint = Annotated[Path, typer.Argument(help="A stage's folder such as ckpt/
 ConfigFile = Annotated[Path, typer.Option(help="Launch configuration of accelerate.")]
 Rules = Literal["seed", "official", "both"]
 Timeout = Annotated[float, typer.Option(min=1, max=10**6, help="Seconds that a process waits for another one.")]
-MachineRank = Annotated[int, typer.Option(min=0, envvar="SLURM_NODEID", help="Of several machines, which this is.")]
+MachineRank = Annotated[
+    int | None, typer.Option(min=0, help="Of several machines, which this is; not given: what SLURM_NODEID says, or 0.")
+]
 Address = Annotated[str | None, typer.Option("--main-process-ip", help="Where the machine of rank 0 is reached.")]
 Precision = Literal["fp32", "bf16", "fp16"]
 LogWith = Annotated[str | None, typer.Option(help="Send each epoch's figures to tensorboard, wandb, ..., too.")]
@@ -4988,7 +5030,9 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
                     function(**options)
                     return check_said(lost=name in ("run-stage", "chain"))
-                if "stages" in options and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # else all machines must know
+                if (
+                    "stages" in options and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+                ):  # else all machines must know
                     over = settings(options.get("changes"), options.get("seed"))
                     load_stages(options["stages"], options["data"] or Path("data"), over)
                 for path in options.get("checkpoints") or [options.get("checkpoint")]:
@@ -5044,23 +5088,24 @@ def run_stage(
     log_with: LogWith = None,
     lifeline: Annotated[bool, typer.Option("--lifeline", hidden=True, help="Stop when standard input ends.")] = False,
     among: Annotated[list[str] | None, typer.Option(hidden=True, help="Stages to show; the chain's.")] = None,
-    with_main: Annotated[bool, typer.Option("--with-main", hidden=True, help="Train what machine 0 trains.")] = False,
-    last: Annotated[bool, typer.Option("--last", hidden=True, help="Tell the other machines that no more come.")] = False,
+    last: Annotated[
+        bool, typer.Option("--last", hidden=True, help="Tell the other machines that no more come.")
+    ] = False,
 ) -> None:
     """Train one stage. A finished one is left alone, an interrupted one goes on after its last finished epoch.
 
     Example: accelerate launch --config_file accelerate_config.yaml micronet.py run-stage b3
     """
     accelerator = open_accelerator(timeout, log_with, ckpt)
-    every = together(accelerator, lambda: load_stages(stages, data, settings(changes, seed)))
+    every = together(lambda: load_stages(stages, data, settings(changes, seed)))
     trained, no_more = in_main(accelerator, lambda: (name, last))
-    stage = together(accelerator, lambda: find_stage(every, trained if with_main else name))
+    stage = together(lambda: find_stage(every, trained if name == WITH_MAIN else name))
     console = new_console(quiet=not accelerator.is_main_process)
     others = [find_stage(every, other) for other in among] if among else with_parents(every, [stage.name])
     kept = [read_kept(other, ckpt, strict=False) for other in others if accelerator.is_main_process]
     view = choose_view(console, kept, stays=among is None)
     train_and_keep(stage, data, ckpt, accelerator, view, restart)
-    if no_more and with_main and accelerator.is_local_main_process:
+    if no_more and name == WITH_MAIN and accelerator.is_local_main_process:
         print(f"error 0: {LAST}", file=sys.stderr)  # for `join_chain`
 
 
@@ -5078,7 +5123,7 @@ def chain(
     ] = False,
     timeout: Timeout = 600,
     log_with: LogWith = None,
-    machine_rank: MachineRank = 0,
+    machine_rank: MachineRank = None,
     main_process_ip: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
 ) -> None:
@@ -5086,7 +5131,12 @@ def chain(
 
     Example: micronet.py chain ex exx
     """
-    machine, console = Machine(machine_rank, main_process_ip, timeout), new_console()
+    machines, console = 1, new_console()
+    with suppress(Misconfigured):  # where nothing is left to do, the launch does not matter
+        machines = launch_table(config_file).get("num_machines", 1)
+    if machine_rank is None:
+        machine_rank = int(os.environ.get("SLURM_NODEID", 0)) if machines > 1 else 0
+    machine = Machine(machine_rank, main_process_ip, timeout)
     given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
     options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
     options += [f"--set={change}" for change in changes or ()]
@@ -5110,8 +5160,8 @@ def chain(
         console.print(stages_table(todo, PLAN, "What the chain would do, in this order"))
         return
     options += [f"--among={each.stage.name}" for each in todo]
-    if not left and config_file.is_file() and re.search(r"^num_machines: *0*([2-9]|1\d)", config_file.read_text(), re.M):
-        left = {each.stage.name: each.stage for each in todo[-1:]}  # which tells the other machines that all is done
+    if not left and machines > 1:
+        left = {each.stage.name: each.stage for each in todo[-1:]}  # others wait, to be told so by this one
     with StopRequest() as stop:
         launch = plan_launch(config_file, console, machine) if left else None
         for name in named if restart else ():

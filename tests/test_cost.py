@@ -178,6 +178,12 @@ def test_eight_bits_by_hand(what: nn.Module, inputs: int, outputs: int, by_hand:
     assert tuple(count_eight_bits(Operation("", what, inputs, outputs, False, False))) == by_hand
 
 
+def test_at_eight_bits_what_runs_again_is_not_stored_again() -> None:
+    layer = eight_bits(nn.Conv2d(3, 2, 1), [[1, -3, 1], [2, 2, 1]], [9, -9])
+    once, again = (count_eight_bits(Operation("", layer, 300, 200, False, seen)) for seen in (False, True))
+    assert again == once._replace(params=0, bytes=5)  # the scale and the zero point of what it returns
+
+
 def test_a_score_at_eight_bits_by_hand() -> None:
     """36.5 M words and 10.49 G operations are 1 each; so are twice the narrow ones."""
     cost = micronet.EightBitCost(0, 0, 0, 0, 0, 4 * 36.5e6, 10.49e9, 10.49e9 / 2)

@@ -112,19 +112,22 @@ def test_machines_that_share_nothing_lose_one_and_go_on(machines: list[Machine],
 
     codes, (said, told) = ended(started(machines))  # nothing left to do, which the second learns of the first
     assert codes == [0, 0] and "stage second is finished: " in said
+    main.command[-1] = "1"
+    codes, (said,) = ended([main.start()])  # alone it can tell nobody
+    assert codes == [1] and "not all machines came" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(("change", "code", "told"), [
     (lambda second: second.stages.write_text(STORY.replace("0.02", "0.03")), 2,
-     "its stages differ from those of machine 0"),
+     "another stage first than on machine 0"),
     (lambda second: second.stages.write_text("["), 2, "stages.toml"),
     pytest.param(lambda second: (second.ckpt.parent / "micronet.py").open("a").write("#"), 2,
-                 "its versions differ from those of machine 0", marks=pytest.mark.long),
+                 "another micronet.py than on machine 0", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_a_machine_that_is_not_like_the_first_ends_all(
     change: Callable[[Machine], object], code: int, told: str, machines: list[Machine]
 ) -> None:
-    """At once, with the same line and the same exit code."""
+    """At once, with the same error and exit code."""
     change(machines[1])
     codes, outputs = ended(started(machines))
     assert codes == [code, code], outputs
@@ -163,6 +166,54 @@ def test_the_launch_of_one_of_several_machines(tmp_path: Path, monkeypatch: pyte
     launch = micronet.plan_launch(path, micronet.new_console(quiet=True), micronet.Machine(1, "10.0.0.2", 7.5))
     wanted = "--main_process_ip 10.0.0.2 --machine_rank 1 --rdzv_conf timeout=8 --multi_gpu"
     assert launch.command[-7:] == wanted.split() and launch.environment["OMP_NUM_THREADS"] == "6"
+
+
+@pytest.mark.parametrize(("config", "environment", "rank"), [
+    (2, {"SLURM_NODEID": "1"}, 1), (1, {"SLURM_NODEID": "1"}, None), (2, {}, None),
+])  # fmt: skip
+def test_slurm_tells_which_of_several_machines_this_is(
+    config: int, environment: dict[str, str], rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are several; a chain on one machine is not told by it."""
+    joined: list[tuple[object, ...]] = []
+    monkeypatch.setattr(micronet, "plan_launch", lambda config, console, machine: machine)
+    monkeypatch.setattr(micronet, "join_chain", lambda *args: joined.append(args))
+    monkeypatch.setattr(micronet, "launch_stage", lambda *args: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "cluster.yaml").write_text(CLUSTER.format(machines=config, address="10.0.0.1", port=29500))
+    (tmp_path / "stages.toml").write_text(STORY)
+    where = ("--stages", tmp_path / "stages.toml", "--ckpt", tmp_path / "ckpt")
+    assert invoke("chain", *where, "--config-file", tmp_path / "cluster.yaml").exit_code == 0
+    assert [args[0].rank for args in joined] == ([] if rank is None else [rank])
+
+
+def test_other_images_on_another_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stage that has none to compare with yet."""
+
+    def with_another(value: tuple[str, object]) -> list[tuple[str, object]]:
+        found = value[1]
+        if isinstance(found, dict) and any(name.startswith("content of ") for name in found):
+            return [value, ("machine 1 (other)", {name: {"train": "0"} for name in found})]
+        return [value]
+
+    monkeypatch.setattr(micronet, "from_all", with_another)
+    (tmp_path / "stages.toml").write_text(STORY)
+    result = invoke("run-stage", "first", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path)
+    reset_accelerate()
+    assert (
+        result.exit_code == 2 and "machine 1 (other): another content of synthetic than on machine 0" in result.output
+    )
+
+
+def test_what_fails_on_one_machine_is_raised_with_its_name_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = micronet.Refused("data/cifar: missing")
+    monkeypatch.setattr(micronet, "from_all", lambda value: [value, ("machine 1 (b)", failure)])
+    with pytest.raises(micronet.Refused, match=r"machine 1 \(b\): data/cifar: missing"):
+        micronet.together(lambda: None)
+    monkeypatch.setattr(micronet, "from_all", lambda value: [value])
+    with pytest.raises(micronet.Unwritable, match=r"^x: No space"):  # of one machine alone, which needs no name
+        micronet.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
 
 
 def test_a_machine_that_never_comes_is_a_line() -> None:

@@ -423,8 +423,15 @@ def test_an_onnx_file_is_counted_as_what_it_was_exported_from(sparse: Path, tmp_
     counted = [json.loads(invoke("score", out, "--json", "--layers").stdout) for out in outs]
     assert len(counted[0]) == 2 and counted[0][1]["mask_bits"] > 0
     assert [r | {"name": ""} for r in counted[0]] == [r | {"name": ""} for r in counted[1]]
-    for change in ({"stage": {"width": 1.5}}, {"exported": {"bits": 8}}):
-        model = onnx.load(outs[1])
+    eight = tmp_path / "eight.onnx"
+    invoke("export", sparse / "ckpt" / "sparse", eight, "--bits", 8)
+    forged = [
+        (outs[1], {"stage": {"width": 1.5}}),
+        (outs[1], {"exported": {"bits": 8}}),
+        (eight, {"exported": {"bits": 16}}),
+    ]
+    for source, change in forged:
+        model = onnx.load(source)
         (held,) = model.metadata_props
         about = json.loads(held.value)
         for key, table in change.items():
@@ -433,8 +440,8 @@ def test_an_onnx_file_is_counted_as_what_it_was_exported_from(sparse: Path, tmp_
         onnx.save(model, tmp_path / "forged.onnx")
         result = invoke("score", tmp_path / "forged.onnx")
         assert result.exit_code == 3 and "forged.onnx: its metadata are of another network" in result.stderr
-    eight = tmp_path / "eight.onnx"
-    invoke("export", sparse / "ckpt" / "sparse", eight, "--bits", 8)
+    again = invoke("export", eight, tmp_path / "again.onnx")
+    assert again.exit_code == 2 and "eight.onnx: expected a checkpoint or .safetensors" in again.stderr
     result = invoke("score", eight, "--rules", "seed")
     assert result.exit_code == 2 and "eight.onnx: the authors have no count for 8 bits" in result.stderr
 
@@ -469,6 +476,28 @@ def test_onnx_runs_the_graph_and_the_bits_of_the_dense_one(
         assert name == "dense" or said["bytes"] == out.stat().st_size < said["counted_bytes"] + overhead
     assert graphs[0] == graphs[1] and (outputs[0] == outputs[1]).all()
     assert (tmp_path / "packed.onnx").stat().st_size < 0.4 * (tmp_path / "dense.onnx").stat().st_size
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_sparse_weights_are_unpacked_where_a_mask_ends_within_a_byte(bits: int) -> None:
+    """21 and 16 positions behind one mask of five bytes; what is dense stays as it is at 8 bits."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    kind = {16: onnx.TensorProto.FLOAT, 8: onnx.TensorProto.INT8}[bits]
+    weights = {"a": torch.zeros(3, 7), "b": torch.zeros(4, 4), "c": torch.ones(2, 2), "d": torch.ones(3)}
+    weights["a"].flatten()[[0, 8, 20]] = torch.tensor([1.0, -2.0, 3.0])
+    weights["b"][3, 3] = 5
+    held = {name: weight.float() if bits == 16 else weight.char() for name, weight in weights.items()}
+    nodes = [onnx.helper.make_node("Identity", [name], [f"{name}.out"]) for name in weights]
+    outs = [onnx.helper.make_tensor_value_info(f"{name}.out", kind, weight.shape) for name, weight in weights.items()]
+    tensors = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in held.items()]
+    graph = onnx.helper.make_graph(nodes, "g", [], outs, tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    micronet.pack_onnx(model, bits)
+    kept = {each.name: onnx.numpy_helper.to_array(each).tolist() for each in model.graph.initializer}
+    assert kept["values"] == [1, -2, 3, 5, 0] and kept["mask"] == [0b10000000, 0b10000000, 0b1000, 0, 0b1000]
+    assert kept.get("rest.16") == ([1.0] * 7 if bits == 16 else None) and ("c" in kept) == (bits == 8)
+    run = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})
+    assert all((found == held[name].numpy()).all() for name, found in zip(weights, run))
 
 
 def test_the_stages_for_the_board_score_what_they_are_called() -> None:
