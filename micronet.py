@@ -2787,7 +2787,7 @@ def onnx_tensor(tensor: Any) -> Tensor:
 
 
 def pack_onnx(model: Any, bits: int) -> None:
-    """Keep an ONNX model's weights at some bits, one after the other; sparse ones as `pack` does, with one mask for all.
+    """Keep an ONNX model's weights at some bits, one after the other; sparse ones as `pack` does, behind one mask.
 
     Runtimes unpack them when they load the model. At 8 bits those that are not sparse stay as other tools expect them.
     """

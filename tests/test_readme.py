@@ -1,5 +1,6 @@
 """README: every command and snippet, as it stands there."""
 
+import importlib.util
 import json
 import os
 import re
@@ -165,6 +166,9 @@ def test_the_published_teacher_is_the_network_of_its_row_and_can_teach(tmp_path:
     (path,) = re.findall(r'`teacher = "(.*?)"`', README)
     about, row = read_metadata(ROOT / path), next(line for line in README.splitlines() if line.startswith("| [b0]("))
     assert row.split(" | ")[4] == f"{about.tested.top1:.2f}" and about.epoch == about.last.epoch
+    (start,) = re.findall(r'`start = "(.*?)"`', README)
+    pruned = load_stages(ROOT / "pruned.toml")["s80"]
+    assert pruned.start == start and find_parent(pruned, "start", tmp_path)[1].stage.name == "plain"
     stages = (ROOT / "night.toml").read_text().replace("[stage.half]", f'[stage.half]\nteacher = "{ROOT / path}"')
     (tmp_path / "stages.toml").write_text(stages)
     assert find_parent(load_stages(tmp_path / "stages.toml")["half"], "teacher", tmp_path)[1] == about
@@ -186,6 +190,18 @@ def test_the_stage_example(clone: Path, tmp_path: Path) -> None:
     stage, pruned = (load_stages(path)[name] for name in ("tiny", "tiny_pruned"))
     assert (stage.teacher, stage.lr.peak, stage.width, stage.weight_decay) == ("b0", 0.2, 0.5, 1e-4)
     assert (pruned.start, pruned.sparsity, pruned.multipliers) == ("tiny", 0.8, stage.multipliers)
+
+
+def test_the_picture_of_pruning_is_drawn_from_its_table() -> None:
+    """Of five networks at 16 and 8 bits; s80's row is the published network's."""
+    spec = importlib.util.spec_from_file_location("pruning", ROOT / "benchmarks" / "pruning.py")
+    pruning = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pruning)
+    results = (ROOT / "RESULTS.md").read_text()
+    found = pruning.points(results)
+    assert len(found) == 10 and ("s80", 16, 52_312, 86.61) in found
+    assert (ROOT / "benchmarks" / "pruning.svg").read_text() == pruning.drawn(results)
+    assert "| s80 | 12 | 80 % | 16,996 | 2.5 M | 86.62 | 86.61 |" in results
 
 
 def test_the_example_of_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
