@@ -2970,7 +2970,8 @@ def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
 
 
 # ---------------------------------------------------------------------------------------------------------- Training
-# One visible loop. It yields events and knows nothing of who looks at them.
+# One visible loop. It yields events and knows nothing of who looks at them. Around it: what a run begins with, and what
+# its processes, on one machine or several, tell each other.
 
 
 @dataclass
@@ -4479,7 +4480,8 @@ def stages_as_json(kept: list[Kept]) -> list[dict[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------------------------- Launching
-# Stopping, and launching the stages of a chain in processes of their own.
+# Stopping, keeping a stage while it trains, and launching a chain's stages in processes of their own, of one machine or
+# of several.
 
 
 class StopRequest:
@@ -5135,7 +5137,8 @@ def chain(
     with suppress(Misconfigured):  # where nothing is left to do, the launch does not matter
         machines = launch_table(config_file).get("num_machines", 1)
     if machine_rank is None:
-        machine_rank = int(os.environ.get("SLURM_NODEID", 0)) if machines > 1 else 0
+        node = os.environ.get("SLURM_NODEID", "")
+        machine_rank = int(node) if machines > 1 and node.isdigit() else 0
     machine = Machine(machine_rank, main_process_ip, timeout)
     given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
     options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
