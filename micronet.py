@@ -20,8 +20,8 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
 The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
 Networks, Losses and, in Training, `train_stage` and `prune`. The program around it: Cost (what a network costs), Files
 (a checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
-files in), Speed, Views (what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their
-own) and Commands.
+files in), Processes (of a run, on one machine or several), Speed, Views (what a run looks like), Tables, Launching
+(stops, and a chain's stages in processes of their own) and Commands.
 
 References
 [1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
@@ -1335,6 +1335,11 @@ BOARD = [  # [9]
 ]
 
 
+def micronet_score(stored: float, ops: float) -> float:
+    """Return the score [9] of what stores some bytes and takes some operations of 32 bits an image."""
+    return stored / 4 / BASELINE_PARAMS + ops / BASELINE_OPS
+
+
 class Cost(NamedTuple):
     """What a network or a layer costs for one image."""
 
@@ -1364,11 +1369,11 @@ class Cost(NamedTuple):
 
         (params / 2 + mask_bits / 32) / 36.5 M + (mults / 2 + adds) / 10.49 G
         """
-        return (0.5 * self.params + self.mask_bits / 32) / BASELINE_PARAMS + self.ops / BASELINE_OPS
+        return micronet_score(self.bytes, self.ops)
 
     @property
     def score_32bit(self) -> float:
-        return (self.params + self.mask_bits / 32) / BASELINE_PARAMS + self.ops_32bit / BASELINE_OPS
+        return micronet_score(4 * self.params + self.mask_bits / 8, self.ops_32bit)
 
 
 class EightBitCost(NamedTuple):
@@ -1385,11 +1390,11 @@ class EightBitCost(NamedTuple):
 
     @property
     def score(self) -> float:
-        return self.bytes / 4 / BASELINE_PARAMS + self.ops / BASELINE_OPS
+        return micronet_score(self.bytes, self.ops)
 
     @property
     def score_narrow(self) -> float:
-        return self.bytes / 4 / BASELINE_PARAMS + self.ops_narrow / BASELINE_OPS
+        return micronet_score(self.bytes, self.ops_narrow)
 
 
 class Operation(NamedTuple):
@@ -2129,6 +2134,16 @@ def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, ane
     return list(chain.values())
 
 
+def still_to_train(chain: list[Kept], ckpt: Path) -> dict[str, Stage]:
+    """Return the stages of a chain that are not done, by name; raises Failure where a parent that they need is lost."""
+    left = {kept.stage.name: kept.stage for kept in chain if not is_settled(kept, ckpt)}
+    for kept in (kept for kept in chain if kept.stage.name in left):
+        for role, parent in needed(kept).items():
+            if parent not in left:
+                find_parent(kept.stage, role, ckpt)
+    return left
+
+
 def needed(kept: Kept) -> dict[str, str]:
     """Return the parents that a stage still needs: its teacher to its end, its start until it has kept an epoch."""
     if kept.is_finished:
@@ -2455,16 +2470,13 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
         check_output(out.with_name("README.md"))
     network = network_from(path, tensors, about)
     folded = fold_network(copy.deepcopy(network).double()).float()
-    rounded = copy.deepcopy(folded).half().float()
-    stage, cost = about.stage, total_cost(layer_costs(rounded, "official").values())
-    model, computed = None, rounded
+    stage, exact, model = about.stage, b"", None
     if bits == 8:
-        few = replace(stage, train_images=min(CALIBRATED_ON, stage.train_size))
         exact = to_onnx(folded).SerializeToString()
-        model = quantized(exact, load_images(few, data, "train", watch).pixels)
-        computed = functools.partial(run_onnx, open_onnx(out, model.SerializeToString()))
-        counted = by_layer(onnx_operations(out, model.SerializeToString(), bits, stage), count_eight_bits)
-        cost = total_cost(counted.values())
+        model, computed, cost = eight_bits(out, exact, stage, data, watch)
+    else:
+        computed = copy.deepcopy(folded).half().float()
+        cost = total_cost(layer_costs(computed, "official").values())
     images, on = images_at_hand(about, data, watch)
     before, ours, predicted = (outputs(path, n, images.pixels, watch) for n in (network, folded, computed))
     labelled = None if on == "random images" else images.labels
@@ -2494,6 +2506,17 @@ def export_checkpoint(path: Path, out: Path, data: Path, watch: Watch, card: boo
     if card:
         write_output(out.with_name("README.md"), model_card(out, about, scale, cost, result).encode())
     return result
+
+
+def eight_bits(
+    out: Path, exact: bytes, stage: Stage, data: Path, watch: Watch
+) -> tuple[Any, Callable[[Tensor], Tensor], EightBitCost]:
+    """Quantise an ONNX file of a stage's network to 8 bits; return the model, what it computes and what it costs."""
+    few = replace(stage, train_images=min(CALIBRATED_ON, stage.train_size))
+    model = quantized(exact, load_images(few, data, "train", watch).pixels)
+    content = model.SerializeToString()
+    costs = by_layer(onnx_operations(out, content, 8, stage), count_eight_bits)
+    return model, functools.partial(run_onnx, open_onnx(out, content)), total_cost(costs.values())
 
 
 def top1_of(
@@ -2969,9 +2992,106 @@ def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
     return tensors, Metadata(stage, (), stage.epochs, unknown, unknown, imported=origin)
 
 
+# --------------------------------------------------------------------------------------------------------- Processes
+# What the processes of a run are, on one machine or several, and what they tell each other.
+
+
+def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None) -> Accelerator:
+    """Return the accelerator that the launch asked for; raises Misconfigured where it cannot be had.
+
+    Without a GPU the processes that a launch configuration asks for train on the CPU. A process that waits for
+    another one longer than `timeout` seconds fails. A tracker that writes files writes them in `logging_dir`.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.tracking import LoggerType, get_available_trackers
+
+    trackers = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
+    if tracker and tracker not in trackers:
+        raise Misconfigured(f"--log-with {shown(tracker)}: expected one of {', '.join(trackers)}")
+    if tracker and LoggerType(tracker) not in get_available_trackers():
+        raise Misconfigured(f"--log-with {tracker}: its package is missing: pip install {tracker}")
+    launched, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
+        raise Misconfigured(f"launched as {local} processes on {gpus} GPU: launch at most one a GPU, or use `chain`")
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+    ]
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers, log_with=tracker, project_dir=logging_dir
+    )
+    if accelerator.num_processes != launched:
+        raise Misconfigured(f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}")
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise Misconfigured(
+            f"distributed_type {accelerator.distributed_type.value}: expected NO, MULTI_GPU or MULTI_CPU"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
+        raise Misconfigured(f"mixed_precision {accelerator.mixed_precision}: expected no, bf16 or fp16")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise Misconfigured("mixed_precision fp16 needs a GPU: expected no or bf16 on a CPU")
+    return accelerator
+
+
+def together(act: Callable[[], Any]) -> Any:
+    """Return what `act` returns in this process; raises the first Failure or OSError of any in all, so none waits."""
+    result, failure = None, None
+    try:
+        result = act()
+    except (Failure, OSError) as error:
+        failure = Unwritable(in_words(error)) if isinstance(error, OSError) else error
+    found = from_all((this_machine(), failure))
+    for machine, first in found:
+        if first and len({machine for machine, _ in found}) > 1:
+            first.args = (f"{machine}: {first}",)
+        if first:
+            raise first
+    return result
+
+
+def in_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """Return, in every process, what `act` returns in the main one, which alone reads and writes checkpoints."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([together(act if accelerator.is_main_process else lambda: None)])[0]
+
+
+def check_alike(facts: dict[str, Any]) -> None:
+    """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts, by name."""
+    (main, expected), *others = from_all((this_machine(), facts))
+    for machine, found in others:
+        for name in facts:
+            if found[name] != expected[name]:
+                raise Misconfigured(f"{machine}: another {name} than on {main}, which keeps the checkpoints")
+
+
+def from_all(value: Any) -> list[Any]:
+    """Return what all processes call this with, the main one's first."""
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def this_machine() -> str:
+    """Return this machine's number and host name, for messages."""
+    return f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
+
+
+def is_launched() -> bool:
+    """Tell whether `accelerate launch` or torchrun started this process: any variable of theirs may be the user's."""
+    with suppress(OSError):
+        command = Path("/proc", str(os.getppid()), "cmdline").read_text(errors="replace").split("\0")
+        modules = ("accelerate.commands.", "torch.distributed.")
+        return any(Path(word).name in LAUNCHERS or word.startswith(modules) for word in command)
+    return False
+
+
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
+
+
 # ---------------------------------------------------------------------------------------------------------- Training
-# One visible loop. It yields events and knows nothing of who looks at them. Around it: what a run begins with, and what
-# its processes, on one machine or several, tell each other.
+# One visible loop. It yields events and knows nothing of who looks at them.
 
 
 @dataclass
@@ -3240,100 +3360,6 @@ def class_results(
             wrong = {"taken_for": images.class_names[-j] if times else None, "times": times}
             results.append({"class": images.class_names[i], "images": total, "top1": 100 * row[i] / total, **wrong})
     return sorted(results, key=operator.itemgetter("top1"))
-
-
-def open_accelerator(timeout: float = 600, tracker: str | None = None, logging_dir: Path | None = None) -> Accelerator:
-    """Return the accelerator that the launch asked for; raises Misconfigured where it cannot be had.
-
-    Without a GPU the processes that a launch configuration asks for train on the CPU. A process that waits for
-    another one longer than `timeout` seconds fails. A tracker that writes files writes them in `logging_dir`.
-    """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-    from accelerate.tracking import LoggerType, get_available_trackers
-
-    trackers = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
-    if tracker and tracker not in trackers:
-        raise Misconfigured(f"--log-with {shown(tracker)}: expected one of {', '.join(trackers)}")
-    if tracker and LoggerType(tracker) not in get_available_trackers():
-        raise Misconfigured(f"--log-with {tracker}: its package is missing: pip install {tracker}")
-    launched, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < local and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true"):
-        raise Misconfigured(f"launched as {local} processes on {gpus} GPU: launch at most one a GPU, or use `chain`")
-    handlers = [
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-    ]
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), kwargs_handlers=handlers, log_with=tracker, project_dir=logging_dir
-    )
-    if accelerator.num_processes != launched:
-        raise Misconfigured(f"launched as {launched} processes, but accelerate sees {accelerator.num_processes}")
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise Misconfigured(
-            f"distributed_type {accelerator.distributed_type.value}: expected NO, MULTI_GPU or MULTI_CPU"
-        )
-    if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
-        raise Misconfigured(f"mixed_precision {accelerator.mixed_precision}: expected no, bf16 or fp16")
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise Misconfigured("mixed_precision fp16 needs a GPU: expected no or bf16 on a CPU")
-    return accelerator
-
-
-def together(act: Callable[[], Any]) -> Any:
-    """Return what `act` returns in this process; raises the first Failure or OSError of any in all, so none waits."""
-    result, failure = None, None
-    try:
-        result = act()
-    except (Failure, OSError) as error:
-        failure = Unwritable(in_words(error)) if isinstance(error, OSError) else error
-    found = from_all((this_machine(), failure))
-    for machine, first in found:
-        if first and len({machine for machine, _ in found}) > 1:
-            first.args = (f"{machine}: {first}",)
-        if first:
-            raise first
-    return result
-
-
-def in_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """Return, in every process, what `act` returns in the main one, which alone reads and writes checkpoints."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([together(act if accelerator.is_main_process else lambda: None)])[0]
-
-
-def check_alike(facts: dict[str, Any]) -> None:
-    """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts, by name."""
-    (main, expected), *others = from_all((this_machine(), facts))
-    for machine, found in others:
-        for name in facts:
-            if found[name] != expected[name]:
-                raise Misconfigured(f"{machine}: another {name} than on {main}, which keeps the checkpoints")
-
-
-def from_all(value: Any) -> list[Any]:
-    """Return what all processes call this with, the main one's first."""
-    from accelerate.utils import gather_object
-
-    return gather_object([value])
-
-
-def this_machine() -> str:
-    """Return this machine's number and host name, for messages."""
-    return f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
-
-
-def is_launched() -> bool:
-    """Tell whether `accelerate launch` or torchrun started this process: any variable of theirs may be the user's."""
-    with suppress(OSError):
-        command = Path("/proc", str(os.getppid()), "cmdline").read_text(errors="replace").split("\0")
-        modules = ("accelerate.commands.", "torch.distributed.")
-        return any(Path(word).name in LAUNCHERS or word.startswith(modules) for word in command)
-    return False
-
-
-LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 
 
 def open_run(
@@ -4732,6 +4758,13 @@ def launch_table(config_file: Path) -> dict[str, Any]:
         return table
 
 
+def count_machines(config_file: Path) -> int:
+    """Return how many machines a launch configuration is for; 1 where it cannot be read, which the launch will say."""
+    with suppress(Misconfigured):
+        return launch_table(config_file).get("num_machines", 1)
+    return 1
+
+
 def read_launch(config_file: Path) -> Any:
     """Return accelerate's view of a launch configuration; raises Misconfigured unless all of it can be honoured."""
     from accelerate.commands.config.config_args import load_config_from_file
@@ -4819,7 +4852,7 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     kept = read_kept(stage, ckpt)
     if stop.signum is not None and not kept.is_finished:
         raise stop.stopped(stage, len(kept.history))
-    if kept.is_finished and not said and "next_rendezvous" not in "".join(trouble):
+    if kept.is_finished and not said and not NEVER_MET.search("".join(trouble)):
         return sys.stderr.writelines(trouble)
     raise stage_failure(kept, ckpt, said, trouble, returncode, stop.anew)
 
@@ -4913,6 +4946,9 @@ def write_error_log(log: Path, trouble: list[str]) -> str:
 TROUBLE = re.compile(r"(\[rank\d+\]: ?)?(Traceback \(most|\[?[WE]\d{4} \d\d:\d\d)|Fatal Python error|terminate called")
 
 
+NEVER_MET = re.compile(r"next_rendezvous(?s:.*)^torch\.distributed\.\w+: (.*)", re.MULTILINE)
+
+
 def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode: int) -> tuple[int, str]:
     """Return an exit code and in one line why a launched stage has failed, from what its processes wrote.
 
@@ -4924,8 +4960,8 @@ def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode:
         return own[0]
     if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", text):
         return Failure.exit_code, "a process was killed (SIGKILL), perhaps for want of memory"
-    if met := re.search(r"next_rendezvous(?s:.*)^torch\.distributed\.\w+: (.*)", text, re.MULTILINE):
-        return Failure.exit_code, f"not all machines came ({met[1]})"
+    if found := NEVER_MET.search(text):
+        return Failure.exit_code, f"not all machines came ({found[1]})"
     raised = re.findall(r"^(\[rank\d+\]: ?)?(?!Traceback)((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
     raised = [
         (rank, error) for rank, error in raised if not re.match(r"subprocess\.Called|torch\.distributed\.", error)
@@ -5032,9 +5068,8 @@ def command(name: str, computes: bool, hidden: bool = False) -> Callable[[Callab
                             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
                     function(**options)
                     return check_said(lost=name in ("run-stage", "chain"))
-                if (
-                    "stages" in options and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-                ):  # else all machines must know
+                alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # else all machines must know what is wrong
+                if "stages" in options and alone:
                     over = settings(options.get("changes"), options.get("seed"))
                     load_stages(options["stages"], options["data"] or Path("data"), over)
                 for path in options.get("checkpoints") or [options.get("checkpoint")]:
@@ -5133,9 +5168,7 @@ def chain(
 
     Example: micronet.py chain ex exx
     """
-    machines, console = 1, new_console()
-    with suppress(Misconfigured):  # where nothing is left to do, the launch does not matter
-        machines = launch_table(config_file).get("num_machines", 1)
+    console, machines = new_console(), count_machines(config_file)
     if machine_rank is None:
         node = os.environ.get("SLURM_NODEID", "")
         machine_rank = int(node) if machines > 1 and node.isdigit() else 0
@@ -5152,11 +5185,7 @@ def chain(
     every = load_stages(stages, data, over)
     named = names or list(every)
     todo = kept_chain(every, named, ckpt, anew=restart)
-    left = {each.stage.name: each.stage for each in todo if not is_settled(each, ckpt)}
-    for stage in (each for each in todo if each.stage.name in left):
-        for role, parent in needed(stage).items():
-            if parent not in left:
-                find_parent(stage.stage, role, ckpt)
+    left = still_to_train(todo, ckpt)
     for reason in (reason for each in todo for reason in each.refused):
         say(console, f"WARNING: {reason}")
     if dry_run:
