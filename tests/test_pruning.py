@@ -390,7 +390,7 @@ def test_counted_bytes_are_stored_and_read_again(sparse: Path, tmp_path: Path) -
 
 
 def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_path: Path) -> None:
-    """Weights by channel, activations by their range on training images; the same bytes every time."""
+    """Weights by channel, activations by what they are on training images; the same bytes every time."""
     onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     outs = [tmp_path / f"{n}.onnx" for n in range(2)]
     said = [json.loads(invoke("export", sparse / "ckpt" / "sparse", o, "--bits", 8, "--json").output)[0] for o in outs]
@@ -412,6 +412,27 @@ def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_pat
     with torch.no_grad():
         exact = micronet.fold_network(load_network(sparse / "ckpt" / "sparse"))(images)
     assert (network(images) - exact).norm() < 0.2 * exact.norm()
+
+
+def test_a_few_far_values_do_not_make_steps_coarse(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 of 3 million are past what the others lie within; the maps of a part of the images are held at a time."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    ranges, set_range = [], micronet.Batches.set_range
+
+    def noted(batches: micronet.Batches, start_index: int, end_index: int) -> None:
+        ranges.extend(len(images) for images in batches[start_index:end_index])
+        set_range(batches, start_index, end_index)
+
+    monkeypatch.setattr(micronet.Batches, "set_range", noted)
+    pixels = torch.randint(100, 151, (1000, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pixels[0, 0, 0, :20] = 255
+    exact = micronet.to_onnx(micronet.fold_network(load_network(sparse / "ckpt" / "sparse")))
+    graph = micronet.quantized(exact.SerializeToString(), pixels).graph
+    first = next(node for node in graph.node if node.input[0] == "images")
+    held = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    near = micronet.normalize(pixels[1:].float() / 255)
+    assert held[first.input[1]] == pytest.approx((near.max() - near.min()).item() / 255, rel=0.02)
+    assert ranges == [50] * 20
 
 
 def test_an_onnx_file_is_counted_as_what_it_was_exported_from(sparse: Path, tmp_path: Path) -> None:
