@@ -20,8 +20,8 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
 The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
 Networks, Losses and, in Training, `train_stage` and `prune`. The program around it: Cost (what a network costs), Files
 (a checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
-files in), Processes (of a run, on one machine or several), Speed, Views (what a run looks like), Tables, Launching
-(stops, and a chain's stages in processes of their own) and Commands.
+files in), ONNX, Processes (of a run, on one machine or several), Speed, Views (what a run looks like), Tables,
+Launching (stops, and a chain's stages in processes of their own) and Commands.
 
 References
 [1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
@@ -2630,62 +2630,6 @@ def open_network(path: Path) -> tuple[Callable[[Tensor], Tensor], Metadata]:
     return functools.partial(run_onnx, session), about
 
 
-def read_onnx(path: Path) -> tuple[bytes, Any, Metadata]:
-    """Return an ONNX file of this program's, onnxruntime's session of it and what explains it; raises Failure."""
-    check_packages(path, "onnxruntime")
-    content = read_beginning(path, MOST)[0]
-    session = open_onnx(path, content)
-    try:
-        explained = session.get_modelmeta().custom_metadata_map.get("micronet", "")
-        about = parse_metadata(path, json.loads(explained, object_pairs_hook=once))
-    except ValueError:
-        raise Refused(f"{path}: not exported by micronet") from None
-    shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
-    if shapes != [[3, about.stage.side, about.stage.side], [about.stage.classes]]:
-        raise Refused(f"{path}: its metadata are of another network")
-    return content, session, about
-
-
-def onnx_operations(path: Path, content: bytes, bits: int, stage: Stage) -> list[Operation]:
-    """Return the operations of a network that was exported to ONNX, with the file's weights; raises Failure.
-
-    The runtime unpacks those: they become outputs, of which one run returns the values.
-    """
-    check_packages(path, "onnx", "onnxruntime")
-    import onnx
-
-    model, found = onnx.load_model_from_string(content), operations(fold_network(build_network(stage)))
-    layers = [each.what for each in found if isinstance(each.what, nn.Conv2d | nn.Linear)]
-    made = {name: node for node in model.graph.node for name in node.output}
-    names = [name for node in model.graph.node if node.op_type in ("Conv", "Gemm") for name in node.input[1:]]
-    scaled = [name in made and made[name].op_type == "DequantizeLinear" for name in names]
-    if bits == 8 and all(scaled):  # before they are
-        names = [made[name].input[0] for name in names]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    image = {"images": torch.zeros(1, 3, stage.side, stage.side).numpy()}
-    tensors = [torch.from_numpy(array) for array in open_onnx(path, model.SerializeToString()).run(names, image)]
-    empty = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in empty] or {*scaled} != {bits == 8}:
-        raise Refused(f"{path}: its metadata are of another network")
-    for layer, weight, bias in zip(layers, tensors[::2], tensors[1::2]):
-        layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
-    return found
-
-
-def open_onnx(path: Path, content: bytes) -> Any:
-    """Return onnxruntime's session of an ONNX file; raises Refused."""
-    import onnxruntime
-
-    try:
-        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of which onnxruntime has many
-        raise Refused(f"{path}: {' '.join(str(error).split())[:200]}") from None
-
-
-def run_onnx(session: Any, images: Tensor) -> Tensor:
-    return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
-
-
 def outputs(
     path: Path,
     network: Callable[[Tensor], Tensor],
@@ -2748,6 +2692,76 @@ def export_network(
 def example_of(network: EfficientNet) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
     """Return arguments of a network and which of their dimensions vary, to export it by."""
     return (torch.zeros(2, 3, network.side, network.side),), ({0: torch.export.Dim("N", min=1)},)
+
+
+def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
+    """Fill `network` from a checkpoint (.pytar) as the method's authors published theirs and return its state.
+
+    torch.load runs nothing that is in the file, but computes and allocates what that asks for: in a process of its
+    own, which has a minute and some memory. Raises Refused.
+    """
+    from safetensors.torch import load
+
+    try:
+        with open_regular(path) as file:
+            child = subprocess.run([sys.executable, "-Pc", LOADER], stdin=file, capture_output=True, timeout=PATIENCE)
+        tensors = load(child.stdout) if child.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        tensors = None
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror or error}") from None
+    if tensors is None:
+        raise Refused(f"{path}: expected a dict of dense tensors of floats that torch.save has written")
+    # torch 0.4.0 did not count batches
+    state = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
+    ours = published_names(network)
+    for name, tensor in tensors.items():
+        module, _, last = name.removeprefix("module.").rpartition(".")
+        state[f"{ours[module]}.{last}" if module in ours else shown(name)] = tensor
+    fill_network(path, network, state)
+    return network.state_dict()
+
+
+PATIENCE = 60  # seconds
+LOADER = """
+import io, resource, sys, torch
+from safetensors.torch import save
+
+resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
+state = torch.load(io.BytesIO(sys.stdin.buffer.read(2**27)), "cpu", weights_only=True)  # b3 in float64 has 89 MB
+for name, tensor in state.items():
+    assert isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_cpu
+    assert tensor.dtype in (torch.half, torch.bfloat16, torch.float, torch.double, torch.long)
+    assert tensor.numel() < 2**27
+    state[name] = tensor.clone(memory_format=torch.contiguous_format)
+sys.stdout.buffer.write(save(state))
+"""
+
+
+def published_names(network: EfficientNet) -> dict[str, str]:
+    """Return the names of the modules that have a state, by those that the authors call them."""
+    theirs = ["features.0.1", "features.0.2"]  # padding 0, convolution 1, batch norm 2
+    for i, block in enumerate(network.blocks, 1):
+        units = sum(isinstance(layer, nn.SiLU) for layer in block.layers)  # an expansion, where there is one; depthwise
+        inner = [f"{unit}.{k}" for unit in range(units) for k in (1, 2)]
+        inner += [f"{units}.se.1", f"{units}.se.3", f"{units + 1}", f"{units + 2}"]
+        theirs += [f"features.{i}.conv.{name}" for name in inner]
+    theirs += [f"features.{len(network.blocks) + 1}.{k}" for k in (1, 2)] + ["classifier.0", "classifier.2"]
+    return dict(zip(theirs, dict.fromkeys(name.rpartition(".")[0] for name in network.state_dict()), strict=True))
+
+
+def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
+    """Return a published network as a checkpoint of ours holds it; raises Refused."""
+    stage = Stage(path.stem if re.fullmatch(NAME, path.stem) else "imported", network=name)
+    tensors = read_published(path, build_network(stage))
+    unknown = Tested(stage.epochs, None, None)
+    with open(path, "rb") as file:
+        origin = Origin(path.name, hashlib.file_digest(file, "sha256").hexdigest())
+    return tensors, Metadata(stage, (), stage.epochs, unknown, unknown, imported=origin)
+
+
+# -------------------------------------------------------------------------------------------------------------- ONNX
+# A network as an ONNX file that is as small as its values, quantised or not, and such a file read again.
 
 
 def to_onnx(network: EfficientNet) -> Any:
@@ -2813,13 +2827,6 @@ def latencies(files: list[bytes], pixels: Tensor) -> list[float]:
             run_onnx(session, image)
             each.append(1000 * (time.perf_counter() - start))
     return [statistics.median(each[10:]) for each in times]
-
-
-def onnx_tensor(tensor: Any) -> Tensor:
-    """Return what an initializer of an ONNX graph holds."""
-    from onnx import numpy_helper
-
-    return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
 
 def pack_onnx(model: Any, bits: int) -> None:
@@ -2890,21 +2897,6 @@ def put_first(graph: Any, nodes: list[Any]) -> None:
     graph.node.extend(nodes)
 
 
-def drop_defaults(node: Any, version: int) -> None:
-    """Take out of a node of an ONNX graph what it is called, and attributes that say what goes without saying."""
-    from onnx import defs
-
-    node.ClearField("metadata_props")
-    node.ClearField("name")
-    defaults = {} if node.domain else defs.get_schema(node.op_type, version, "").attributes
-    neutral = {"strides": {1}, "dilations": {1}, "pads": {0}}  # which no schema knows, as their length varies
-    for each in list(node.attribute):
-        default = each.name in defaults and each == defaults[each.name].default_value
-        inferred = node.op_type == "Conv" and each.name == "kernel_shape"
-        if default or inferred or neutral.get(each.name) == {*each.ints}:
-            node.attribute.remove(each)
-
-
 def shorten(model: Any) -> None:
     """Take what no runtime needs out of an ONNX model: long names, shapes between nodes, defaults.
 
@@ -2939,70 +2931,82 @@ def shorten(model: Any) -> None:
             ends[:] = [names.setdefault(name, f"{len(names):x}") for name in ends]
 
 
-def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
-    """Fill `network` from a checkpoint (.pytar) as the method's authors published theirs and return its state.
+def drop_defaults(node: Any, version: int) -> None:
+    """Take out of a node of an ONNX graph what it is called, and attributes that say what goes without saying."""
+    from onnx import defs
 
-    torch.load runs nothing that is in the file, but computes and allocates what that asks for: in a process of its
-    own, which has a minute and some memory. Raises Refused.
+    node.ClearField("metadata_props")
+    node.ClearField("name")
+    defaults = {} if node.domain else defs.get_schema(node.op_type, version, "").attributes
+    neutral = {"strides": {1}, "dilations": {1}, "pads": {0}}  # which no schema knows, as their length varies
+    for each in list(node.attribute):
+        default = each.name in defaults and each == defaults[each.name].default_value
+        inferred = node.op_type == "Conv" and each.name == "kernel_shape"
+        if default or inferred or neutral.get(each.name) == {*each.ints}:
+            node.attribute.remove(each)
+
+
+def onnx_tensor(tensor: Any) -> Tensor:
+    """Return what an initializer of an ONNX graph holds."""
+    from onnx import numpy_helper
+
+    return torch.from_numpy(numpy_helper.to_array(tensor).copy())
+
+
+def read_onnx(path: Path) -> tuple[bytes, Any, Metadata]:
+    """Return an ONNX file of this program's, onnxruntime's session of it and what explains it; raises Failure."""
+    check_packages(path, "onnxruntime")
+    content = read_beginning(path, MOST)[0]
+    session = open_onnx(path, content)
+    try:
+        explained = session.get_modelmeta().custom_metadata_map.get("micronet", "")
+        about = parse_metadata(path, json.loads(explained, object_pairs_hook=once))
+    except ValueError:
+        raise Refused(f"{path}: not exported by micronet") from None
+    shapes = [each.shape[1:] for each in (*session.get_inputs(), *session.get_outputs())]
+    if shapes != [[3, about.stage.side, about.stage.side], [about.stage.classes]]:
+        raise Refused(f"{path}: its metadata are of another network")
+    return content, session, about
+
+
+def onnx_operations(path: Path, content: bytes, bits: int, stage: Stage) -> list[Operation]:
+    """Return the operations of a network that was exported to ONNX, with the file's weights; raises Failure.
+
+    The runtime unpacks those: they become outputs, of which one run returns the values.
     """
-    from safetensors.torch import load
+    check_packages(path, "onnx", "onnxruntime")
+    import onnx
+
+    model, found = onnx.load_model_from_string(content), operations(fold_network(build_network(stage)))
+    layers = [each.what for each in found if isinstance(each.what, nn.Conv2d | nn.Linear)]
+    made = {name: node for node in model.graph.node for name in node.output}
+    names = [name for node in model.graph.node if node.op_type in ("Conv", "Gemm") for name in node.input[1:]]
+    scaled = [name in made and made[name].op_type == "DequantizeLinear" for name in names]
+    if bits == 8 and all(scaled):  # before they are
+        names = [made[name].input[0] for name in names]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    image = {"images": torch.zeros(1, 3, stage.side, stage.side).numpy()}
+    tensors = [torch.from_numpy(array) for array in open_onnx(path, model.SerializeToString()).run(names, image)]
+    empty = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in empty] or {*scaled} != {bits == 8}:
+        raise Refused(f"{path}: its metadata are of another network")
+    for layer, weight, bias in zip(layers, tensors[::2], tensors[1::2]):
+        layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
+    return found
+
+
+def open_onnx(path: Path, content: bytes) -> Any:
+    """Return onnxruntime's session of an ONNX file; raises Refused."""
+    import onnxruntime
 
     try:
-        with open_regular(path) as file:
-            child = subprocess.run([sys.executable, "-Pc", LOADER], stdin=file, capture_output=True, timeout=PATIENCE)
-        tensors = load(child.stdout) if child.returncode == 0 else None
-    except subprocess.TimeoutExpired:
-        tensors = None
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror or error}") from None
-    if tensors is None:
-        raise Refused(f"{path}: expected a dict of dense tensors of floats that torch.save has written")
-    # torch 0.4.0 did not count batches
-    state = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
-    ours = published_names(network)
-    for name, tensor in tensors.items():
-        module, _, last = name.removeprefix("module.").rpartition(".")
-        state[f"{ours[module]}.{last}" if module in ours else shown(name)] = tensor
-    fill_network(path, network, state)
-    return network.state_dict()
+        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of which onnxruntime has many
+        raise Refused(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
-PATIENCE = 60  # seconds
-LOADER = """
-import io, resource, sys, torch
-from safetensors.torch import save
-
-resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
-state = torch.load(io.BytesIO(sys.stdin.buffer.read(2**27)), "cpu", weights_only=True)  # b3 in float64 has 89 MB
-for name, tensor in state.items():
-    assert isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.is_cpu
-    assert tensor.dtype in (torch.half, torch.bfloat16, torch.float, torch.double, torch.long)
-    assert tensor.numel() < 2**27
-    state[name] = tensor.clone(memory_format=torch.contiguous_format)
-sys.stdout.buffer.write(save(state))
-"""
-
-
-def published_names(network: EfficientNet) -> dict[str, str]:
-    """Return the names of the modules that have a state, by those that the authors call them."""
-    theirs = ["features.0.1", "features.0.2"]  # padding 0, convolution 1, batch norm 2
-    for i, block in enumerate(network.blocks, 1):
-        units = sum(isinstance(layer, nn.SiLU) for layer in block.layers)  # an expansion, where there is one; depthwise
-        inner = [f"{unit}.{k}" for unit in range(units) for k in (1, 2)]
-        inner += [f"{units}.se.1", f"{units}.se.3", f"{units + 1}", f"{units + 2}"]
-        theirs += [f"features.{i}.conv.{name}" for name in inner]
-    theirs += [f"features.{len(network.blocks) + 1}.{k}" for k in (1, 2)] + ["classifier.0", "classifier.2"]
-    return dict(zip(theirs, dict.fromkeys(name.rpartition(".")[0] for name in network.state_dict()), strict=True))
-
-
-def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
-    """Return a published network as a checkpoint of ours holds it; raises Refused."""
-    stage = Stage(path.stem if re.fullmatch(NAME, path.stem) else "imported", network=name)
-    tensors = read_published(path, build_network(stage))
-    unknown = Tested(stage.epochs, None, None)
-    with open(path, "rb") as file:
-        origin = Origin(path.name, hashlib.file_digest(file, "sha256").hexdigest())
-    return tensors, Metadata(stage, (), stage.epochs, unknown, unknown, imported=origin)
+def run_onnx(session: Any, images: Tensor) -> Tensor:
+    return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
 # --------------------------------------------------------------------------------------------------------- Processes
