@@ -83,7 +83,7 @@ import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -2513,7 +2513,7 @@ def eight_bits(
 ) -> tuple[Any, Callable[[Tensor], Tensor], EightBitCost]:
     """Quantise an ONNX file of a stage's network to 8 bits; return the model, what it computes and what it costs."""
     few = replace(stage, train_images=min(CALIBRATED_ON, stage.train_size))
-    model = quantized(exact, load_images(few, data, "train", watch).pixels)
+    model = quantized(exact, load_images(few, data, "train", watch).pixels, watch)
     content = model.SerializeToString()
     costs = by_layer(onnx_operations(out, content, 8, stage), count_eight_bits)
     return model, functools.partial(run_onnx, open_onnx(out, content)), total_cost(costs.values())
@@ -2765,57 +2765,52 @@ def import_network(path: Path, name: str) -> tuple[dict[str, Tensor], Metadata]:
 
 
 def to_onnx(network: EfficientNet) -> Any:
-    """Return a network as an ONNX model, `images` (N, 3, side, side) to `logits` (N, K)."""
+    """Return an ONNX model of a network, `images` (N, 3, side, side) to `logits` (N, K); all its layers have a bias."""
+    from onnx import numpy_helper
+
     example, batch = example_of(network)
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": batch}
-    return torch.onnx.export(network, example, dynamo=True, verbose=False, **names).model_proto
+    model = torch.onnx.export(network, example, dynamo=True, verbose=False, **names).model_proto
+    sizes = {each.name: each.dims[0] for each in model.graph.initializer if each.dims}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm") and len(node.input) < 3:  # zeros, which the exporter leaves out
+            node.input.append(f"{node.input[1]}.bias")
+            zeros = torch.zeros(sizes[node.input[1]]).numpy()
+            model.graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
+    return model
 
 
-CALIBRATED_ON = 1000  # images at most
-CALIBRATED_TO = 99.999  # percent of an activation's values: a few far ones would make all steps coarse
-
-
-class Batches(list):
-    """Batches of images (N, 3, H, W) uint8 as onnxruntime asks for them, which holds all maps of a range of them."""
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self.range = iter(self[start_index:end_index])
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self.range, None)
-        return None if batch is None else {"images": normalize(batch.float() / 255).contiguous().numpy()}
+CALIBRATED_ON, CALIBRATED_BY = 1000, 10  # images at most, and at a time
+LEAST_RANGE = 0.01  # else a channel whose weights are all zero has steps of 1, too coarse for its bias
 
 
 def quantized(
     model: bytes,
     pixels: Tensor,  # (N, 3, H, W) uint8
+    watch: Watch = unwatched,
 ) -> Any:
     """Return an ONNX model with weights and activations of 8 bits, scaled by what they are on some images.
 
-    By onnxruntime's static quantisation: weights by channel, activations by what nearly all of their values lie within.
+    By onnxruntime's static quantisation: weights by channel, activations by the means of the least and the greatest
+    value in ten images, as the farthest value of all would make all steps coarse.
     """
     import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
 
-    reader = Batches(pixels.split(math.ceil(tested_at_once(pixels) / 5)))
-    how = {
-        "activation_type": QuantType.QUInt8,
-        "weight_type": QuantType.QInt8,
-        "per_channel": True,
-        "calibrate_method": CalibrationMethod.Percentile,
-        "extra_options": {
-            "CalibPercentile": CALIBRATED_TO,
-            "CalibTensorRangeSymmetric": False,  # whose histograms fail of an activation that hardly varies
-            "CalibStridedMinMax": 1,  # a batch at a time
-        },
-    }
+    batches = iter(watch(pixels.split(CALIBRATED_BY), "calibrating"))
+
+    def following() -> dict[str, Any] | None:
+        batch = next(batches, None)
+        return None if batch is None else {"images": normalize(batch.float() / 255).contiguous().numpy()}
+
+    how = {"per_channel": True, "activation_type": QuantType.QUInt8}
+    how["extra_options"] = {"CalibMovingAverage": True, "MinimumRealRange": LEAST_RANGE}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
         Path(source).write_bytes(model)
         logging.disable()  # what it says of pre-processing, which the exporter has done
         try:
-            with redirect_stdout(io.StringIO()):
-                quantize_static(source, target, reader, **how)
+            quantize_static(source, target, SimpleNamespace(get_next=following), **how)
         finally:
             logging.disable(logging.NOTSET)
         return onnx.load(target)
@@ -5378,9 +5373,9 @@ def score_networks(
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="File to write: .safetensors, .onnx or .pt2.")],
-    data: Annotated[Path, typer.Option(help="Folder with the images to compare on; not there: random ones.")] = Path(
-        "data"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Folder with the images to compare on; not there: random ones. 8 bits need it.")
+    ] = Path("data"),
     card: Annotated[bool, typer.Option("--card", help="Write README.md and labels.txt beside it, too.")] = False,
     bits: Annotated[
         int,
