@@ -1,5 +1,6 @@
 """stages.toml: the published recipe, the rate at every step, and every mistake in one line."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, WIDE, invoke, program
 
-from micronet import Schedule, Stage, learning_rate, load_stages, with_parents
+from micronet import (
+    Schedule, Stage, build_network, layer_costs, learning_rate, load_stages, total_cost, with_parents,
+)  # fmt: skip
 
 
 def test_stages_toml_is_the_published_recipe() -> None:
@@ -30,6 +33,25 @@ def test_stages_toml_is_the_published_recipe() -> None:
     rates = [learning_rate(stages["b3"], epoch * 1172) for epoch in range(70)]
     assert rates == [0.07] * 25 + [0.007] * 25 + [0.0007] * 15 + [0.00007] * 5
     assert learning_rate(stages["b3"], 25 * 1172 - 1) == 0.07
+
+
+SHIPPED = [path for folder in (ROOT, ROOT / "benchmarks") for path in sorted(folder.glob("*.toml"))]
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.name != "pyproject.toml"], ids=lambda path: path.stem)
+def test_every_file_of_stages_here_makes_sense(path: Path, tmp_path: Path) -> None:
+    for part, name in itertools.product(("train", "test"), ("this", "that")):
+        (folder := tmp_path / "own" / part / name).mkdir(parents=True)
+        for n in range(16):
+            (folder / f"{n}.png").touch()
+    stages = load_stages(path, tmp_path)
+    assert with_parents(stages, list(stages))
+
+
+def test_small100_has_a_fifth_of_the_operations_of_exx() -> None:
+    own, exx = load_stages(ROOT / "small100.toml")["ex"], Stage("exx", network="efficientnet_exx")
+    own, exx = (total_cost(layer_costs(build_network(stage), "official").values()).ops for stage in (own, exx))
+    assert 0.19 * exx < own < 0.2 * exx
 
 
 def test_a_stage_overrides_the_defaults(write: Callable[..., Path]) -> None:
