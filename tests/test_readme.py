@@ -18,7 +18,8 @@ from conftest import ROOT, WIDE, build_network, invoke
 from test_images import messy
 
 from micronet import (
-    Machine, find_parent, fold_network, layer_costs, load_stages, new_console, plan_launch, read_metadata, total_cost,
+    Machine, find_parent, fold_network, layer_costs, load_network, load_stages, new_console, plan_launch, read_metadata,
+    total_cost,
 )  # fmt: skip
 
 README = (ROOT / "README.md").read_text()
@@ -172,6 +173,19 @@ def test_the_published_teacher_is_the_network_of_its_row_and_can_teach(tmp_path:
     stages = (ROOT / "night.toml").read_text().replace("[stage.half]", f'[stage.half]\nteacher = "{ROOT / path}"')
     (tmp_path / "stages.toml").write_text(stages)
     assert find_parent(load_stages(tmp_path / "stages.toml")["half"], "teacher", tmp_path)[1] == about
+
+
+def test_the_published_teacher_for_cifar_100_is_as_readme_says() -> None:
+    path = ROOT / "ckpt" / "published" / "small100" / "b0"
+    about = read_metadata(path)
+    folded = total_cost(layer_costs(fold_network(load_network(path)), "official").values())
+    sentence = r"`ckpt/published/small100/b0`: a b0 with ([\d,]+)\s+parameters, ([\d,]+) MACs and ([\d.]+) %"
+    (said,) = re.findall(sentence, README)
+    assert said == (f"{folded.params:,}", f"{folded.flops:,}", f"{about.tested.top1:.2f}")
+    assert about.stage == load_stages(ROOT / "small100.toml")["b0"] and about.epoch == about.last.epoch
+    if (ROOT / "data" / "cifar-100-python" / "test").exists():
+        (result,) = json.loads(invoke("evaluate", path, "--data", ROOT / "data", "--json").stdout)
+        assert result["top1"] == pytest.approx(float(said[2]), abs=0.02) and result["images"] == 10_000
 
 
 @pytest.mark.parametrize("name", ["b3", "b0", "ex", "exx"])
