@@ -2803,14 +2803,14 @@ def quantized(
         batch = next(batches, None)
         return None if batch is None else {"images": normalize(batch.float() / 255).contiguous().numpy()}
 
-    how = {"per_channel": True, "activation_type": QuantType.QUInt8}
-    how["extra_options"] = {"CalibMovingAverage": True, "MinimumRealRange": LEAST_RANGE}
+    reader, options = SimpleNamespace(get_next=following), {"CalibMovingAverage": True, "MinimumRealRange": LEAST_RANGE}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
         Path(source).write_bytes(model)
         logging.disable()  # what it says of pre-processing, which the exporter has done
         try:
-            quantize_static(source, target, SimpleNamespace(get_next=following), **how)
+            how = {"per_channel": True, "activation_type": QuantType.QUInt8, "extra_options": options}
+            quantize_static(source, target, reader, **how)
         finally:
             logging.disable(logging.NOTSET)
         return onnx.load(target)
