@@ -20,8 +20,8 @@ and 80.14 % top-1 for them [1]. What this program has measured itself stands in 
 The method, some 1,000 lines, is in the rooms Stages (what is configured), Data (images and their augmented views),
 Networks, Losses and, in Training, `train_stage` and `prune`. The program around it: Cost (what a network costs), Files
 (a checkpoint in and out), Keeping (what a stage keeps, and going on from it), Export (as it ships, and the authors'
-files in), ONNX, Processes (of a run, on one machine or several), Speed, Views (what a run looks like), Tables,
-Launching (stops, and a chain's stages in processes of their own) and Commands.
+files in), ONNX (such a file, written and read again), Processes (of a run, on one machine or several), Speed, Views
+(what a run looks like), Tables, Launching (stops, and a chain's stages in processes of their own) and Commands.
 
 References
 [1] Yang et al., MicroNet-CIFAR100: EfficientNet-ex(x) with Angleloss and Label Refinery, 2019 (the method)
@@ -2206,7 +2206,8 @@ def find_parent(stage: Stage, role: str, ckpt: Path) -> tuple[Path, Metadata]:
     path, named = parent_path(name, ckpt), not is_path(name)
     state = find_state(path.parent)
     if not path.exists() and not (named and state):
-        raise Misconfigured(f"stage {stage.name}: its {role} {path} is not there: train it first, or use `chain`")
+        way_out = "train it first, or use `chain`" if named else f"expected a checkpoint, seen from {Path.cwd()}"
+        raise Misconfigured(f"stage {stage.name}: its {role} {path} is not there: {way_out}")
     if path.resolve().parent == (ckpt / stage.name).resolve():
         raise Refused(f"{path}: stage {stage.name} keeps it itself: expected a {role} that is another one's network")
     if named and state is None:
@@ -2780,8 +2781,8 @@ def to_onnx(network: EfficientNet) -> Any:
     return model
 
 
-CALIBRATED_ON, CALIBRATED_BY = 1000, 10  # images at most, and at a time
-LEAST_RANGE = 0.01  # else a channel whose weights are all zero has steps of 1, too coarse for its bias
+CALIBRATED_ON, CALIBRATED_BY = 1000, 10  # images at most; over so many a range is taken, and these are averaged
+LEAST_RANGE = 0.01  # of weights or activations: a channel of zeros had steps of 1 else, too coarse for its bias
 
 
 def quantized(
@@ -2791,8 +2792,8 @@ def quantized(
 ) -> Any:
     """Return an ONNX model with weights and activations of 8 bits, scaled by what they are on some images.
 
-    By onnxruntime's static quantisation: weights by channel, activations by the means of the least and the greatest
-    value in ten images, as the farthest value of all would make all steps coarse.
+    By onnxruntime's static quantisation: weights by channel, activations by the least and the greatest value in ten
+    images, averaged over all tens, as the farthest value of all would make all steps coarse.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
@@ -2803,13 +2804,14 @@ def quantized(
         batch = next(batches, None)
         return None if batch is None else {"images": normalize(batch.float() / 255).contiguous().numpy()}
 
-    reader, options = SimpleNamespace(get_next=following), {"CalibMovingAverage": True, "MinimumRealRange": LEAST_RANGE}
+    reader = SimpleNamespace(get_next=following)
+    ranges = {"CalibMovingAverage": True, "MinimumRealRange": LEAST_RANGE}
+    how = {"per_channel": True, "activation_type": QuantType.QUInt8, "extra_options": ranges}
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
         Path(source).write_bytes(model)
         logging.disable()  # what it says of pre-processing, which the exporter has done
         try:
-            how = {"per_channel": True, "activation_type": QuantType.QUInt8, "extra_options": options}
             quantize_static(source, target, reader, **how)
         finally:
             logging.disable(logging.NOTSET)
@@ -5374,7 +5376,7 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(help="File to write: .safetensors, .onnx or .pt2.")],
     data: Annotated[
-        Path, typer.Option(help="Folder with the images to compare on; not there: random ones. 8 bits need it.")
+        Path, typer.Option(help="Folder with the images to compare on, or random ones; 8 bits need training images.")
     ] = Path("data"),
     card: Annotated[bool, typer.Option("--card", help="Write README.md and labels.txt beside it, too.")] = False,
     bits: Annotated[
@@ -5385,7 +5387,8 @@ def export(
     ] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Write a network as it ships, and check what was written. Batch norm and classifier are folded, weights 16-bit.
+    """Write a network as it ships, and check what was written. Batch norm and classifier are folded, weights have 16
+    bits, or 8.
 
     Example: micronet.py export ckpt/ex shipped/ex.onnx --card
     """

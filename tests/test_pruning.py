@@ -197,7 +197,7 @@ def test_a_start_is_refused_as_a_teacher_is(sparse: Path, tmp_path: Path) -> Non
         (tmp_path / "out.safetensors", 0.1, 2, "is exported, with no cosines"),
         ("second", 0.1, 2, "its start second is not finished"),
         (ckpt / "sparse", 0.2, 3, "width = 0.1: expected 0.2, as stage own has it"),
-        (tmp_path / "none.safetensors", 0.1, 2, "is not there: train it first"),
+        (tmp_path / "none.safetensors", 0.1, 2, "is not there: expected a checkpoint, seen from /"),
     ):
         text = PRUNED + f'[stage.own]\nnetwork = "ex"\nstart = "{start}"\nsparsity = 0.6\nwidth = {width}\n'
         (tmp_path / "stages.toml").write_text(text)
@@ -411,7 +411,7 @@ def test_eight_bits_are_packed_and_predict_nearly_the_same(sparse: Path, tmp_pat
     images = micronet.normalize(micronet.synthetic_images(20, False).pixels.float() / 255)  # which it is scaled for
     with torch.no_grad():
         exact = micronet.fold_network(load_network(sparse / "ckpt" / "sparse"))(images)
-    assert (network(images) - exact).norm() < 0.3 * exact.norm()
+    assert (network(images) - exact).norm() < 0.3 * exact.norm()  # 0.23: what ten images had, four times
 
 
 def test_a_far_value_does_not_make_steps_coarse() -> None:
