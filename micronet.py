@@ -1335,9 +1335,9 @@ BOARD = [  # [9]
 ]
 
 
-def micronet_score(stored: float, ops: float) -> float:
+def micronet_score(stored_bytes: float, ops: float) -> float:
     """Return the score [9] of what stores some bytes and takes some operations of 32 bits an image."""
-    return stored / 4 / BASELINE_PARAMS + ops / BASELINE_OPS
+    return stored_bytes / 4 / BASELINE_PARAMS + ops / BASELINE_OPS
 
 
 class Cost(NamedTuple):
@@ -2782,7 +2782,7 @@ def to_onnx(network: EfficientNet) -> Any:
 
 
 CALIBRATED_ON, CALIBRATED_BY = 1000, 10  # images at most; over so many a range is taken, and these are averaged
-LEAST_RANGE = 0.01  # of weights or activations: a channel of zeros had steps of 1 else, too coarse for its bias
+LEAST_RANGE = 0.01  # of weights or activations: else a channel of zeros has steps of 1, too coarse for its bias
 
 
 def quantized(
@@ -4702,6 +4702,12 @@ class Machine(NamedTuple):
     timeout: float = 600  # seconds to wait for the others
 
 
+def rank_here(given: int | None, machines: int) -> int:
+    """Return which of so many machines this is: as given, else what Slurm calls the node, else 0."""
+    node = os.environ.get("SLURM_NODEID", "") if machines > 1 and given is None else ""
+    return int(node) if node.isdigit() else given or 0
+
+
 class Launch(NamedTuple):
     """How a chain starts its stages."""
 
@@ -4857,6 +4863,14 @@ def plan_launch(config_file: Path, console: Console, machine: Machine = Machine(
         # threads that wait would hold their cores: beside another program a step would take many times as long
         environment.setdefault("GOMP_SPINCOUNT", "1000")
     return Launch(command, environment)
+
+
+def all_aside(stages: list[Stage], ckpt: Path, console: Console) -> None:
+    """Move what stages have kept aside, and say where to; raises Locked."""
+    for stage in stages:
+        with locked(stage, ckpt):
+            if aside := set_aside(ckpt / stage.name):
+                say(console, f"{ckpt / stage.name} is now {aside}")
 
 
 def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, stop: StopRequest) -> None:
@@ -5187,17 +5201,14 @@ def chain(
     Example: micronet.py chain ex exx
     """
     console, machines = new_console(), count_machines(config_file)
-    if machine_rank is None:
-        node = os.environ.get("SLURM_NODEID", "")
-        machine_rank = int(node) if machines > 1 and node.isdigit() else 0
-    machine = Machine(machine_rank, main_process_ip, timeout)
+    machine = Machine(rank_here(machine_rank, machines), main_process_ip, timeout)
     given = {"stages": stages, "data": data, "ckpt": ckpt, "timeout": timeout, "seed": seed, "log-with": log_with}
     options = [f"--{option}={value}" for option, value in given.items() if value not in (None, "")]
     options += [f"--set={change}" for change in changes or ()]
-    if machine_rank and not dry_run:
+    if machine.rank and not dry_run:
         with StopRequest() as stop:
             launch = plan_launch(config_file, console, machine)
-            say(console, f"machine {machine_rank}: what is trained shows, and is kept, on machine 0")
+            say(console, f"machine {machine.rank}: what is trained shows, and is kept, on machine 0")
             return join_chain(launch, options, ckpt, stop)
     over = settings(changes, seed)
     every = load_stages(stages, data, over)
@@ -5214,10 +5225,8 @@ def chain(
         left = {each.stage.name: each.stage for each in todo[-1:]}  # others wait, to be told so by this one
     with StopRequest() as stop:
         launch = plan_launch(config_file, console, machine) if left else None
-        for name in named if restart else ():
-            with locked(every[name], ckpt):
-                if aside := set_aside(ckpt / name):
-                    say(console, f"{ckpt / name} is now {aside}")
+        if restart:
+            all_aside([every[name] for name in named], ckpt, console)
         stop.anew = restart
         try:
             for name, stage in left.items():

@@ -1,6 +1,5 @@
 """README: every command and snippet, as it stands there."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, WIDE, build_network, invoke
+from conftest import ROOT, WIDE, build_network, invoke, load_script
 from test_images import messy
 
 from micronet import (
@@ -208,10 +207,7 @@ def test_the_stage_example(clone: Path, tmp_path: Path) -> None:
 
 def test_the_picture_of_pruning_is_drawn_from_its_table() -> None:
     """Of five networks at 16 and 8 bits; s80's row is the published network's."""
-    spec = importlib.util.spec_from_file_location("pruning", ROOT / "benchmarks" / "pruning.py")
-    pruning = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pruning)
-    results = (ROOT / "RESULTS.md").read_text()
+    pruning, results = load_script("pruning"), (ROOT / "RESULTS.md").read_text()
     found = pruning.points(results)
     assert len(found) == 10 and ("s80", 16, 52_312, 86.61) in found
     assert (ROOT / "benchmarks" / "pruning.svg").read_text() == pruning.drawn(results)
