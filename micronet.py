@@ -458,25 +458,20 @@ def stage_from(where: str, name: str, values: dict[str, Any], scan: Callable[[st
             stage = replace(stage, folder=scan(stage.dataset.removeprefix(FOLDER)))
         except Misconfigured as error:
             raise Misconfigured(f"{where}: dataset = {shown(stage.dataset)}: {error}") from None
-    elif stage.side != SIDE:
-        raise unacceptable(where, "side", stage.side, f"{SIDE}, which the images of {stage.dataset} have")
-    data = stage.data
-    for name, most, words in (
-        ("train_images", data.train, f"{data.train}, what {stage.dataset} has"),
-        ("test_images", most := max(data.validation, data.test), f"{most}, what {stage.dataset} has"),
-        ("batch_size", stage.train_size, f"the {stage.train_size} training images"),
+    data, has, epochs = stage.data, f"what {stage.dataset} has", f"epochs = {stage.epochs}"
+    most, scheduled = max(data.validation, data.test), isinstance(stage.lr, Schedule)
+    for name, wrong, accepted in (
+        ("side", not stage.folder and stage.side != SIDE, f"{SIDE}, which the images of {stage.dataset} have"),
+        ("train_images", (stage.train_images or 0) > data.train, f"at most {data.train}, {has}"),
+        ("test_images", (stage.test_images or 0) > most, f"at most {most}, {has}"),
+        ("batch_size", stage.batch_size > stage.train_size, f"at most the {stage.train_size} training images"),
+        ("prune_epochs", stage.prune_epochs > 1 and not stage.sparsity, "a sparsity above 0 with it"),
+        ("prune_epochs", stage.prune_epochs > stage.epochs, f"at most {epochs}"),
+        ("lr.warmup_epochs", scheduled and stage.lr.warmup_epochs >= stage.epochs, f"less than {epochs}"),
+        ("lr", not scheduled and stage.lr[-1][0] < stage.epochs, f"rates up to the last epoch, {stage.epochs}"),
     ):
-        if (getattr(stage, name) or 0) > most:
-            raise unacceptable(where, name, getattr(stage, name), f"at most {words}")
-    if stage.prune_epochs > 1 and not stage.sparsity:
-        raise unacceptable(where, "prune_epochs", stage.prune_epochs, "a sparsity above 0 with it")
-    if stage.prune_epochs > stage.epochs:
-        raise unacceptable(where, "prune_epochs", stage.prune_epochs, f"at most epochs = {stage.epochs}")
-    if isinstance(stage.lr, Schedule):
-        if stage.lr.warmup_epochs >= stage.epochs:
-            raise unacceptable(where, "lr.warmup_epochs", stage.lr.warmup_epochs, f"less than epochs = {stage.epochs}")
-    elif stage.lr[-1][0] < stage.epochs:
-        raise unacceptable(where, "lr", stage.lr, f"rates up to the last epoch, {stage.epochs}")
+        if wrong:
+            raise unacceptable(where, name, operator.attrgetter(name)(stage), accepted)
     return stage
 
 
