@@ -933,9 +933,6 @@ class Augmentation(NamedTuple):
     def each(self, change: Callable[[Tensor], Tensor]) -> Augmentation:
         return Augmentation(*map(change, self))
 
-    def at(self, *index: int) -> Augmentation:
-        return Augmentation(*(t[index] for t in self))
-
 
 def plan_epoch(stage: Stage, epoch: int) -> Augmentation:
     """Draw all samples of an epoch at once, on the CPU: tensors of shape (steps, batch_size).
@@ -3188,7 +3185,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             for part in range(parts):
-                how = plan.at(step, part)
+                how = plan.each(lambda t: t[step, part])
                 images, labels = augment(run.train.pixels[how.image], how), run.train.labels[how.image]
                 with accelerator.accumulate(run.model):
                     cosines = run.model(images)

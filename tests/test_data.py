@@ -56,7 +56,7 @@ def test_crop_and_resize(pixels: Tensor) -> None:
 @pytest.mark.parametrize("side", [32, 96])
 def test_all_at_once_in_the_published_order(side: int) -> None:
     pixels = torch.randint(0, 256, (N, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    plan = plan_epoch(replace(STAGE, batch_size=100, side=side), 1).at(0)
+    plan = plan_epoch(replace(STAGE, batch_size=100, side=side), 1).each(lambda t: t[0])
     images = denormalize(augment(pixels[plan.image % N], plan))
     for i, image in enumerate(images):
         how = [value[i].item() for value in plan]
@@ -74,7 +74,7 @@ def test_all_at_once_in_the_published_order(side: int) -> None:
 def test_views_draw_from_torchvisions_distributions(name: str) -> None:
     """Means and quantiles of 20,000 boxes beside as many of RandomResizedCrop; 0.2 px is four standard errors."""
     n, view = 20_000, VIEWS[name]
-    plan = plan_epoch(replace(STAGE, train_images=n, batch_size=n, views=(name,)), 1).at(0)
+    plan = plan_epoch(replace(STAGE, train_images=n, batch_size=n, views=(name,)), 1).each(lambda t: t[0])
     image = torch.empty(3, 32, 32)
     torch.manual_seed(0)
     boxes = torch.tensor([RandomResizedCrop.get_params(image, list(view.area), list(view.aspect)) for _ in range(n)])

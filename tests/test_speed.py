@@ -50,7 +50,7 @@ def test_twenty_steps_follow_the_plain_trainer(taught: bool, plain: ModuleType) 
     run = run_of(stage, taught)
     copy = copied(plain, run.student, 0.1, 0.1)
     old = copied(plain, run.teacher, 0.1, 0.1).eval() if taught else None
-    plans = [plan_epoch(stage, 1).at(step) for step in range(steps)]
+    plans = [plan_epoch(stage, 1).each(lambda t: t[step]) for step in range(steps)]
     batches = [(augment(run.train.pixels[how.image], how), run.train.labels[how.image]) for how in plans]
     expected = plain.train(copy, old, batches, rate, stage.scale)
     stepped = (event for event in micronet.train_stage(stage, run) if isinstance(event, Stepped))

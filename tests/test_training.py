@@ -117,7 +117,7 @@ def test_a_step_against_plain_sgd(tmp_path: Path) -> None:
     plan = micronet.plan_epoch(stage, 1)
     momentum = {p: torch.zeros_like(p) for p in twin.parameters()}
     for step in range(2):
-        how = plan.at(step)
+        how = plan.each(lambda t: t[step])
         cosines = twin(micronet.augment(run.train.pixels[how.image], how))
         loss = nn.functional.cross_entropy(5.0 * cosines, run.train.labels[how.image])
         for p, gradient in zip(momentum, torch.autograd.grad(loss, list(momentum))):
