@@ -1408,9 +1408,8 @@ def operations(network: nn.Module) -> list[Operation]:
     tracer = Tracer()
     tracer.is_leaf_module = lambda module, name: not list(module.children())
     graph = tracer.trace(network.eval())
-    weight = next(network.parameters())
     side = getattr(network, "side", SIDE)
-    image = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
+    image = next(network.parameters()).new_zeros(1, 3, side, side)
     with torch.no_grad():
         ShapeProp(GraphModule(network, graph)).propagate(image)
     found: list[Operation] = []
@@ -1547,11 +1546,10 @@ def layer_costs(network: nn.Module, rules: str) -> dict[str, Cost]:
 
 def by_layer(found: list[Operation], count: Callable[[Operation], Any]) -> dict[str, Any]:
     """Count operations, and add up what a layer costs that runs more than once."""
-    costs: dict[str, Any] = {}
+    costs: dict[str, list[Any]] = {}
     for operation in found:
-        cost = count(operation)
-        costs[operation.layer] = total_cost([costs[operation.layer], cost]) if operation.layer in costs else cost
-    return costs
+        costs.setdefault(operation.layer, []).append(count(operation))
+    return {layer: total_cost(each) for layer, each in costs.items()}
 
 
 def total_cost(costs: Collection[Any]) -> Any:
