@@ -544,7 +544,9 @@ def find_stage(stages: dict[str, Stage], name: str) -> Stage:
     return stages[name]
 
 
-def with_parents(stages: dict[str, Stage], names: Collection[str]) -> list[Stage]:
+def with_parents(
+    stages: dict[str, Stage], names: Collection[str], parents: Callable[[Stage], dict[str, str]] = lambda s: s.parents
+) -> list[Stage]:
     """Return the named stages and all that they need, each after its parents; raises Misconfigured."""
     order: dict[str, Stage] = {}
     begun: set[str] = set()  # a folder may hold a cycle
@@ -552,7 +554,7 @@ def with_parents(stages: dict[str, Stage], names: Collection[str]) -> list[Stage
     def add(stage: Stage) -> None:
         if stage.name not in begun:
             begun.add(stage.name)
-            for parent in stage.parents.values():
+            for parent in parents(stage).values():
                 if parent in stages:
                     add(stages[parent])
             order[stage.name] = stage
@@ -2111,17 +2113,11 @@ def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, ane
     """
     chain: dict[str, Kept] = {}
 
-    def add(stage: Stage) -> None:
-        if stage.name not in chain:
-            kept = Kept(stage) if anew and stage.name in names else read_kept(stage, ckpt)
-            for parent in needed(kept).values():
-                if parent in stages:
-                    add(stages[parent])
-            chain[stage.name] = kept
+    def parents(stage: Stage) -> dict[str, str]:
+        chain[stage.name] = Kept(stage) if anew and stage.name in names else read_kept(stage, ckpt)
+        return needed(chain[stage.name])
 
-    for name in names:
-        add(find_stage(stages, name))
-    return list(chain.values())
+    return [chain[stage.name] for stage in with_parents(stages, names, parents)]
 
 
 def still_to_train(chain: list[Kept], ckpt: Path) -> dict[str, Stage]:
