@@ -2784,13 +2784,9 @@ def quantized(
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
 
-    batches = iter(watch(pixels.split(CALIBRATED_BY), "calibrating"))
-
-    def following() -> dict[str, Any] | None:
-        batch = next(batches, None)
-        return None if batch is None else {"images": normalize(batch.float() / 255).contiguous().numpy()}
-
-    reader = SimpleNamespace(get_next=following)
+    batches = watch(pixels.split(CALIBRATED_BY), "calibrating")
+    images = ({"images": normalize(batch.float() / 255).contiguous().numpy()} for batch in batches)
+    reader = SimpleNamespace(get_next=functools.partial(next, images, None))
     ranges = {"CalibMovingAverage": True, "MinimumRealRange": LEAST_RANGE}
     how = {"per_channel": True, "activation_type": QuantType.QUInt8, "extra_options": ranges}
     with tempfile.TemporaryDirectory() as folder:
