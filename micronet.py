@@ -1942,15 +1942,13 @@ MASK = ".mask"  # after a weight's name: a bit for each of its positions, 1 wher
 
 def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keep every weight as `stored` counts it: dense, or as its nonzero values and a mask of bits, highest first."""
-    packed: dict[str, Tensor] = {}
+    packed = dict(tensors)
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and stored(tensor)[1]:
             flat = tensor.flatten()
             bits = F.pad(flat != 0, (0, -len(flat) % 8)).view(-1, 8)
             packed[name] = flat[flat != 0]
             packed[name + MASK] = (bits << torch.arange(7, -1, -1)).sum(1, dtype=torch.uint8)
-        else:
-            packed[name] = tensor
     return packed
 
 
