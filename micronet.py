@@ -2378,10 +2378,8 @@ def set_aside(folder: Path) -> Path | None:
     """Rename a stage's folder so that the stage starts anew; return its new place, or None if there was nothing."""
     if not folder.exists():
         return None
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.old{n}")).exists():
-        n += 1
-    return folder.rename(aside)
+    places = (folder.with_name(f"{folder.name}.old{n}") for n in itertools.count(1))
+    return folder.rename(next(place for place in places if not place.exists()))
 
 
 # ------------------------------------------------------------------------------------------------------------ Export
