@@ -2844,7 +2844,8 @@ def pack_onnx(model: Any, bits: int) -> None:
             tensors[shape := f"{[*weight.shape]}"] = torch.tensor(weight.shape)
             nodes.append(helper.make_node("Reshape", [name + ".flat", shape], [name]))
     graph.initializer.extend(numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items())
-    put_first(graph, nodes)
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
 
 
 UNPACK = """<domain: "micronet", opset_import: ["": OPSET]>
@@ -2864,13 +2865,6 @@ Unpack (values, mask) => (dense) {
     spread = Gather (wide, rank)
     dense = Where (found, spread, nil)
 }"""
-
-
-def put_first(graph: Any, nodes: list[Any]) -> None:
-    """Put nodes before all others of an ONNX graph, which takes in copies of nodes alone."""
-    nodes = [*nodes, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def shorten(model: Any) -> None:
@@ -2894,7 +2888,8 @@ def shorten(model: Any) -> None:
             inputs, weight, bias = (made[name].input for name in node.input)
             scales.append(helper.make_node("Mul", [inputs[1], weight[1]], [bias[1]]))
             graph.initializer.remove(held.pop(bias[1]))
-    put_first(graph, scales)
+    for node in reversed(scales):
+        graph.node.insert(0, node)
     del graph.value_info[:], graph.metadata_props[:], model.metadata_props[:]
     used = {name for node in graph.node for name in node.input}
     for name in held.keys() - used:
