@@ -2688,18 +2688,16 @@ def read_published(path: Path, network: EfficientNet) -> dict[str, Tensor]:
 
     try:
         with open_regular(path) as file:
-            child = subprocess.run([sys.executable, "-Pc", LOADER], stdin=file, capture_output=True, timeout=PATIENCE)
-        tensors = load(child.stdout) if child.returncode == 0 else None
-    except subprocess.TimeoutExpired:
-        tensors = None
+            loader = [sys.executable, "-Pc", LOADER]
+            content = subprocess.check_output(loader, stdin=file, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+    except subprocess.SubprocessError:  # it has failed, or run out of time
+        raise Refused(f"{path}: expected a dict of dense tensors of floats that torch.save has written") from None
     except OSError as error:
         raise Refused(f"{path}: {error.strerror or error}") from None
-    if tensors is None:
-        raise Refused(f"{path}: expected a dict of dense tensors of floats that torch.save has written")
     # torch 0.4.0 did not count batches
     state = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
     ours = published_names(network)
-    for name, tensor in tensors.items():
+    for name, tensor in load(content).items():
         module, _, last = name.removeprefix("module.").rpartition(".")
         state[f"{ours[module]}.{last}" if module in ours else shown(name)] = tensor
     fill_network(path, network, state)

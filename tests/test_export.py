@@ -242,7 +242,7 @@ def published(plain: ModuleType, name: str) -> tuple[nn.Module, dict[str, Tensor
     return network, {renamed(ours): tensor for ours, tensor in network.state_dict().items()}
 
 
-def load_here(command: list[str], stdin: BinaryIO, **_: object) -> subprocess.CompletedProcess[bytes]:
+def load_here(command: list[str], stdin: BinaryIO, **_: object) -> bytes:
     """Run the loader of published files in this process, in place of seconds for one of its own."""
     streams = SimpleNamespace(buffer=stdin), SimpleNamespace(buffer=io.BytesIO())
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
@@ -251,15 +251,15 @@ def load_here(command: list[str], stdin: BinaryIO, **_: object) -> subprocess.Co
         patch.setattr(resource, "setrlimit", lambda *_: None)
         try:
             exec(command[-1], {})
-            return subprocess.CompletedProcess(command, 0, streams[1].buffer.getvalue())
-        except Exception:
-            return subprocess.CompletedProcess(command, 1, b"")
+        except Exception as error:
+            raise subprocess.CalledProcessError(1, command) from error
+    return streams[1].buffer.getvalue()
 
 
 def import_file(path: Path, network: str = "efficientnet_exx", alone: bool = False) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         if not alone:
-            patch.setattr(subprocess, "run", load_here)
+            patch.setattr(subprocess, "check_output", load_here)
         return invoke("import", path, "--network", network, "--out", path.with_suffix(".safetensors"))
 
 
