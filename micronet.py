@@ -2427,7 +2427,7 @@ class Shipped(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.side = network.half(), network.side
+        self.network = network.half()
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
