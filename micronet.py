@@ -2086,12 +2086,9 @@ def read_kept(stage: Stage, ckpt: Path, strict: bool = True) -> Kept:
 
     Raises as `kept_state` does if `strict`; else nothing is known of it then: what is looked at stops no run.
     """
-    try:
+    state = None
+    with nullcontext() if strict else suppress(Failure, OSError):
         state = kept_state(stage, ckpt)
-    except (Failure, OSError):
-        if strict:
-            raise
-        state = None
     return kept_as(stage, state, ckpt)
 
 
