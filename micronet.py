@@ -2225,11 +2225,10 @@ def is_settled(kept: Kept, ckpt: Path) -> bool:
     """Tell whether a stage is finished, with its best network at hand or nothing that could make it so."""
     if not kept.is_finished:
         return False
-    try:
+    with suppress(Refused):  # cut off between last.safetensors and best.safetensors, say
         check_best(best_path(ckpt / kept.stage.name), kept.metadata)
         return True
-    except Refused:  # cut off between last.safetensors and best.safetensors, say
-        return kept.metadata.best.epoch != kept.metadata.last.epoch
+    return kept.metadata.best.epoch != kept.metadata.last.epoch
 
 
 def settle(folder: Path, state: State, thorough: bool) -> None:
@@ -2345,12 +2344,10 @@ def failures(ckpt: Path) -> dict[str, str]:
 
 def is_locked(stage: str, ckpt: Path) -> bool:
     """Tell whether a process trains a stage, without taking the lock even for a moment."""
-    try:
-        with open_regular(ckpt / f".{stage}.lock") as file:
-            asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
-            return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
-    except OSError:
-        return False
+    with suppress(OSError), open_regular(ckpt / f".{stage}.lock") as file:
+        asked = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+        return struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+    return False
 
 
 def check_room(folder: Path, network: nn.Module, anew: bool) -> list[str]:
