@@ -2119,7 +2119,7 @@ def kept_chain(stages: dict[str, Stage], names: Collection[str], ckpt: Path, ane
 def still_to_train(chain: list[Kept], ckpt: Path) -> dict[str, Stage]:
     """Return the stages of a chain that are not done, by name; raises Failure where a parent that they need is lost."""
     left = {kept.stage.name: kept.stage for kept in chain if not is_settled(kept, ckpt)}
-    for kept in (kept for kept in chain if kept.stage.name in left):
+    for kept in chain:
         for role, parent in needed(kept).items():
             if parent not in left:
                 find_parent(kept.stage, role, ckpt)
