@@ -3096,8 +3096,7 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what the user must know before it goes on
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """A stage begins, or goes on."""
 
     stage: Stage
@@ -3108,8 +3107,7 @@ class Started:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Stepped:
+class Stepped(NamedTuple):
     """An optimiser step is under way on the device."""
 
     epoch: int
@@ -3119,8 +3117,7 @@ class Stepped:
     images: int  # this process's images of the epoch so far
 
 
-@dataclass(frozen=True)
-class EpochDone:
+class EpochDone(NamedTuple):
     """An epoch is trained and evaluated."""
 
     record: Record

@@ -92,18 +92,18 @@ def test_the_speed_is_that_of_the_last_seconds() -> None:
     with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
         for seconds, event in ((0, BEGUN), (8, 3), (9, 3), (24, 6)):
             patch.setattr(time, "monotonic", lambda seconds=seconds: float(seconds))
-            step = replace(STEP, epoch=3, step=event, images=128 * event) if isinstance(event, int) else event
+            step = STEP._replace(epoch=3, step=event, images=128 * event) if isinstance(event, int) else event
             view(step)
         (line,) = [line for line in drawn(view.picture(), 80) if "speed" in line]
     assert " 24 images/s " in line and "speed █▅ " in line
     with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
         for step in range(60):
             patch.setattr(time, "monotonic", lambda step=step: 6.0 * step)
-            view(replace(STEP, epoch=3, step=step, images=128 * step) if step else BEGUN)
+            view(STEP._replace(epoch=3, step=step, images=128 * step) if step else BEGUN)
         for width, bars in ((60, 8), (120, 26)):
             console.width = width
             patch.setattr(time, "monotonic", lambda width=width: 6.0 * (60 + width))
-            view(replace(STEP, epoch=3, step=60 + width, images=128 * (60 + width)))
+            view(STEP._replace(epoch=3, step=60 + width, images=128 * (60 + width)))
             assert (
                 sum(line.count("█") + line.count("▇") for line in drawn(view.picture(), width) if "speed" in line)
                 == bars
@@ -127,7 +127,7 @@ def test_a_terminal_of_another_size_is_cleared() -> None:
 def test_the_time_between_epochs_is_that_since_the_last_step() -> None:
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
     with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
-        for seconds, event in ((0, BEGUN), (15, replace(STEP, epoch=3)), (20, EPOCHS[0]), (25, replace(STEP, epoch=4))):
+        for seconds, event in ((0, BEGUN), (15, STEP._replace(epoch=3)), (20, EPOCHS[0]), (25, STEP._replace(epoch=4))):
             patch.setattr(time, "monotonic", lambda seconds=seconds: float(seconds))
             view(event)
         assert " 20 % tests, saves; " in "".join(drawn(view.picture(), 80))
@@ -155,7 +155,7 @@ def test_redrawing_takes_little_of_the_time() -> None:
 
 def test_a_restarted_stage_begins_anew() -> None:
     """What it had kept is moved aside, and counts no longer."""
-    lines = [" ".join(line.split()) for line in picture(80, 24, begun=replace(BEGUN, history=[]))]
+    lines = [" ".join(line.split()) for line in picture(80, 24, begun=BEGUN._replace(history=[]))]
     assert lines[4] == "│ a-long-name exx b0 81.25 ► running 2/70 62.00 60.00 47.0 s │"
 
 
@@ -201,7 +201,7 @@ def test_a_process_of_two_shows_what_its_own_images_come_to() -> None:
     with micronet.Dashboard(console, KEPT) as view:
         view(BEGUN)
         view.live.due = 0.0
-        view(replace(STEP, epoch=3, totals=STEP.totals / 2, images=192))
+        view(STEP._replace(epoch=3, totals=STEP.totals / 2, images=192))
         (line,) = [line for line in drawn(view.picture(), 80) if "loss" in line]
         assert "loss 1.500, top-1 25.00 %" in line and view.training[-1] == (2.3, 25)
 
@@ -211,7 +211,7 @@ def test_long_names_are_cut_and_no_line_of_a_stage_is_lost() -> None:
     stages = [replace(EXX, name=name, teacher=before) for name, before in zip(names, [None, *names])]
     chain = [replace(KEPT[0], stage=stage, state="done") for stage in stages]
     for size in ((80, 24), (60, 20), (40, 16)):
-        lines = picture(*size, kept=chain, begun=replace(BEGUN, stage=stages[5], history=[]))
+        lines = picture(*size, kept=chain, begun=BEGUN._replace(stage=stages[5], history=[]))
         (row,) = [line for line in lines if "► running" in line]
         assert max(map(len, lines)) < size[0] and row.split()[-3:-1] == ["62.00", "60.00"] and row.startswith("│ an")
         assert (" left ─" in lines[0]) == (size[0] > 40)
@@ -389,7 +389,7 @@ def test_training_is_noted_twice_an_epoch_where_there_are_a_thousand() -> None:
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
     with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
         patch.setattr(view.live, "redraw", lambda since: None)
-        view(replace(BEGUN, stage=stage))
+        view(BEGUN._replace(stage=stage))
         for step in range(1, 301):
             view(Stepped(3, step, 0.1, torch.tensor([1.0, 64.0 * step]), 128 * step))
         before = [(0.5, KEPT[1].history[0].train_top1), (1.5, KEPT[1].history[1].train_top1)]
@@ -402,7 +402,7 @@ def test_twenty_points_an_epoch_of_training() -> None:
     stage = replace(EXX, train_images=12_800)  # 300 steps an epoch
     with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
         patch.setattr(view.live, "redraw", lambda since: None)
-        view(replace(BEGUN, stage=stage, history=[]))
+        view(BEGUN._replace(stage=stage, history=[]))
         for epoch in (1, 2):
             hits = 0.0
             for step in range(1, 301):
