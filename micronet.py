@@ -3538,14 +3538,12 @@ def run_facts(accelerator: Accelerator) -> Facts:
 def git_commit() -> str | None:
     """Return the commit that this file stands at, with a + if it has changed since, or None where git tracks it not."""
     here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=12"]
+    git = functools.partial(subprocess.run, cwd=here.parent, capture_output=True, check=True)
     try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True)
-        found = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
+        git(["git", "ls-files", "--error-unmatch", here.name])
+        return git(["git", "describe", "--always", "--dirty=+", "--abbrev=12"]).stdout.decode().strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or none that tracks it
         return None
-    return found if tracked.returncode == 0 and found else None
 
 
 # ------------------------------------------------------------------------------------------------------------- Speed
