@@ -3397,12 +3397,9 @@ def go_on(run: Run, folder: Path, state: State) -> None:
 
 def environment_changes(kept: Metadata, facts: Facts) -> list[str]:
     """Say what has changed since a stage was last at work; the result will not have the bits that it would have had."""
-    names = ("device", "processes", "accumulation", "threads", "instructions", "precision", "compile")
-    pairs = [(name, getattr(kept.facts, name), getattr(facts, name)) for name in names]
-    pairs.append(("torch", kept.facts.versions.get("torch"), facts.versions["torch"]))
-    return [
-        f"changed since epoch {kept.epoch}: {name} was {was} and is {now}" for name, was, now in pairs if was != now
-    ]
+    was, now = (each._asdict() | {"torch": each.versions.get("torch")} for each in (kept.facts, facts))
+    changed = [name for name in was if name not in ("versions", "commit") and was[name] != now[name]]
+    return [f"changed since epoch {kept.epoch}: {name} was {was[name]} and is {now[name]}" for name in changed]
 
 
 def new_run(
