@@ -84,7 +84,7 @@ import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -3648,14 +3648,11 @@ def peak_memory_mb(device: torch.device) -> float:
 # in `choose_view` and everything else still works.
 
 
-class Plain:
+class Plain(AbstractContextManager):
     """A line an epoch, nothing redrawn: for logs, pipes and terminals that cannot."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-
-    def __enter__(self) -> Plain:
-        return self
 
     def __exit__(self, *error: object) -> None:
         pass
