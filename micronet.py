@@ -3183,10 +3183,9 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
         seconds, seen = time.monotonic() - start, stage.steps_per_epoch * stage.batch_size
         with accelerator.autocast():
             totals = evaluate(run.student, run.test.part(process, processes), stage.scale)
-        tested = accuracy(accelerator.reduce(totals, "sum"), stage.test_size)
-        if not (
-            math.isfinite(loss + tested.loss) and all(t.isfinite().all() for t in run.student.state_dict().values())
-        ):
+        top1, top5, test_loss = accuracy(accelerator.reduce(totals, "sum"), stage.test_size)
+        state = run.student.state_dict().values()
+        if not math.isfinite(loss + test_loss) or not all(tensor.isfinite().all() for tensor in state):
             bad.fill_(stage.steps_per_epoch)
         check_steps(stage, epoch, bad)
         record = Record(
@@ -3194,9 +3193,9 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
             lr=lr,
             train_loss=loss / seen,
             train_top1=100 * hits / seen,
-            test_loss=tested.loss,
-            test_top1=tested.top1,
-            test_top5=tested.top5,
+            test_loss=test_loss,
+            test_top1=top1,
+            test_top5=top5,
             seconds=time.monotonic() - start,
             images_per_second=seen / seconds,
         )
@@ -3275,14 +3274,6 @@ def debias_statistics(network: nn.Module) -> None:
             module.running_var.sub_(left).div_(1 - left)
 
 
-class Accuracy(NamedTuple):
-    """How a network does on a set of images."""
-
-    top1: float  # percent
-    top5: float  # percent
-    loss: float  # mean cross-entropy of softmax(scale * cosines) against the true labels
-
-
 def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
     """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
     totals = torch.zeros(3, device=images.labels.device)
@@ -3295,15 +3286,15 @@ def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,
 
 
 def tally(cosines: Tensor, labels: Tensor, scale: float) -> Tensor:  # (3,) as `evaluate`
-    """Count how often the true class is the likeliest, and one of the five that are, and sum the loss up."""
+    """Count how often the true class is the likeliest, and one of the five that are, and sum the cross-entropy up."""
     hits = cosines.topk(min(5, cosines.shape[1])).indices == labels[:, None]  # (N, 5)
     return torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(scale * cosines, labels, reduction="sum")])
 
 
-def accuracy(totals: Tensor, images: int) -> Accuracy:
-    """Turn the sums of `evaluate` over so many images into an accuracy."""
+def accuracy(totals: Tensor, images: int) -> tuple[float, float, float]:
+    """Turn the sums of `evaluate` over so many images into top-1 and top-5 in percent and the mean loss."""
     top1, top5, loss = totals.tolist()  # sync
-    return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images)
+    return 100 * top1 / images, 100 * top5 / images, loss / images
 
 
 def evaluate_checkpoint(path: Path, data: Path, precision: Precision, watch: Watch, classes: bool) -> dict[str, Any]:
@@ -3315,11 +3306,10 @@ def evaluate_checkpoint(path: Path, data: Path, precision: Precision, watch: Wat
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with torch.autocast(device.type, low, enabled=low is not None):
         cosines = outputs(path, network.to(device), images.pixels, watch)
-    tested = accuracy(tally(cosines, images.labels, stage.scale), len(images.labels))
-    if about.exported:  # its outputs are no cosines, so that a loss of them has no meaning
-        tested = tested._replace(loss=None)
+    top1, top5, loss = accuracy(tally(cosines, images.labels, stage.scale), len(images.labels))
     found = {"checkpoint": str(path), "network": stage.network, "dataset": stage.dataset, "images": len(images.labels)}
-    found |= {"precision": precision, **tested._asdict()}
+    found |= {"precision": precision, "top1": top1, "top5": top5}
+    found["loss"] = None if about.exported else loss  # an export's outputs are no cosines: a loss has no meaning
     return found | ({"classes": class_results(cosines.argmax(1), images)} if classes else {})
 
 

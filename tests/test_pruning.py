@@ -255,7 +255,7 @@ def test_the_best_epoch_is_none_of_a_denser_network(sparse: Path) -> None:
     accuracies = iter([90.0, 10.0, 5.0, 20.0])
     calls: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(micronet, "accuracy", lambda *_: micronet.Accuracy(next(accuracies), 100.0, 1.0))
+        patch.setattr(micronet, "accuracy", lambda *_: (next(accuracies), 100.0, 1.0))
         for name in ("reset_statistics", "debias_statistics"):  # each epoch that prunes begins and ends with one
             note = lambda network, name=name, real=getattr(micronet, name): (
                 calls.append((name, len(run.history))) or real(network)
