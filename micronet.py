@@ -3216,10 +3216,9 @@ def check_steps(stage: Stage, epoch: int, bad: Tensor) -> None:
 
 def average_statistics(network: nn.Module, accelerator: Accelerator) -> None:
     """Give all processes the mean of their batch-norm statistics."""
-    if accelerator.num_processes > 1:
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(accelerator.reduce(buffer, "mean"))
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer, "mean"))
 
 
 def sparsity_at(stage: Stage, epoch: int) -> float:
