@@ -3200,7 +3200,7 @@ def train_stage(stage: Stage, run: Run) -> Iterator[Event]:
             images_per_second=seen / seconds,
         )
         run.history.append(record)
-        if epoch <= stage.prune_epochs or record.test_top1 > run.best.test_top1:  # no denser network is the best
+        if renewed or record.test_top1 > run.best.test_top1:  # no denser network is the best
             run.best = record
         yield EpochDone(record, run.best)
 
