@@ -4243,9 +4243,8 @@ def best_figure(kept: Kept, name: str) -> str:
     return f"{getattr(kept.metadata.best, name):.2f}" if kept.metadata else "-"
 
 
-CELLS: dict[
-    str, Callable[[Kept, dict[str, Kept]], str | Text]
-] = {  # by heading, from a stage and all that stand beside it
+# By heading, from a stage and all that stand beside it.
+CELLS: dict[str, Callable[[Kept, dict[str, Kept]], str | Text]] = {
     "stage": lambda kept, _: kept.stage.name,
     "network": lambda kept, _: (
         short(kept.stage.network) + f", {100 * kept.stage.sparsity:g} % zero" * (kept.stage.sparsity > 0)
