@@ -4276,7 +4276,7 @@ RESULTS = (
 def stages_table(kept: list[Kept], columns: tuple[str, str], title: str = "", rows: slice = slice(None)) -> Table:
     """Show some of the stages of a chain in columns of `CELLS`, names and numbers; the one that runs stands out."""
     table = new_table(title, *columns)
-    table.title, table.padding = title or None, 0  # it is to fit 80 columns
+    table.padding = 0  # it is to fit 80 columns
     beside = {each.stage.name: each for each in kept}
     for each in kept[rows]:
         cells = (CELLS[heading.removeprefix("top-1\n")](each, beside) for heading in ", ".join(columns).split(", "))
@@ -4299,7 +4299,7 @@ def outcome_table(kept: list[Kept]) -> Table:
 
 def gain(kept: Kept) -> Text:
     """Write by how much a stage's best epoch is better than its teacher."""
-    teacher = kept.metadata.teacher if kept.metadata else None
+    teacher = kept.metadata.teacher
     if teacher is None or teacher.tested.top1 is None:
         return Text("-")
     better = kept.metadata.best.top1 - teacher.tested.top1
@@ -4341,7 +4341,7 @@ def score_tables(scores: list[dict[str, Any]]) -> Group:
         title = f"Cost of one image by {words}; an operation of 32 bits is one, a multiplication of 16 half"
         counted = [s for s in scores if s["rules"] == rules]
         table = new_table(title, "", [short(s["name"]) for s in counted])
-        for label, (name, form) in rows.items() if counted else ():
+        for label, (name, form) in rows.items():
             if any(s[name] is not None for s in counted):
                 table.add_row(label, *("-" if s[name] is None else format(s[name], form) for s in counted))
         tables.append(table if counted else "")
