@@ -3275,13 +3275,11 @@ def debias_statistics(network: nn.Module) -> None:
 
 def evaluate(network: nn.Module, images: Images, scale: float) -> Tensor:  # (3,) sums: top-1 hits, top-5 hits, loss
     """Test a network on images as they are, without crop or flip; the network is left in evaluation mode."""
-    totals = torch.zeros(3, device=images.labels.device)
     network.eval()
     n = tested_at_once(images.pixels)
     with torch.no_grad():
-        for pixels, labels in zip(images.pixels.split(n), images.labels.split(n)):
-            totals += tally(network(normalize(pixels.float() / 255)), labels, scale)
-    return totals
+        batches = zip(images.pixels.split(n), images.labels.split(n))
+        return sum(tally(network(normalize(pixels.float() / 255)), labels, scale) for pixels, labels in batches)
 
 
 def tally(cosines: Tensor, labels: Tensor, scale: float) -> Tensor:  # (3,) as `evaluate`
