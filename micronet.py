@@ -4048,10 +4048,8 @@ def in_ascii(bits: int) -> str:
     return "-" if bits in (0x09, 0x12, 0x24, 0xC0) else "*" if bits & 0xB8 else "." if bits else " "
 
 
-ASCII = str.maketrans(
-    dict(zip("✓►·✗■┤│└─┴…▁▂▃▄▅▆▇█", "+>.x!+|+-+~_..--==#"))
-    | {chr(0x2800 + bits): in_ascii(bits) for bits in range(256)}
-)
+ASCII = str.maketrans("✓►·✗■┤│└─┴…▁▂▃▄▅▆▇█", "+>.x!+|+-+~_..--==#")
+ASCII |= {0x2800 + bits: in_ascii(bits) for bits in range(256)}
 
 
 class Outlet(io.FileIO):
