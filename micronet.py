@@ -3062,12 +3062,9 @@ def is_launched() -> bool:
     """Tell whether `accelerate launch` or torchrun started this process: any variable of theirs may be the user's."""
     with suppress(OSError):
         command = Path("/proc", str(os.getppid()), "cmdline").read_text(errors="replace").split("\0")
-        modules = ("accelerate.commands.", "torch.distributed.")
-        return any(Path(word).name in LAUNCHERS or word.startswith(modules) for word in command)
+        names, modules = ("accelerate", "accelerate-launch", "torchrun"), ("accelerate.commands.", "torch.distributed.")
+        return any(Path(word).name in names or word.startswith(modules) for word in command)
     return False
-
-
-LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 
 
 # ---------------------------------------------------------------------------------------------------------- Training
