@@ -4926,10 +4926,8 @@ def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode:
         return Failure.exit_code, "a process was killed (SIGKILL), perhaps for want of memory"
     if found := NEVER_MET.search(text):
         return Failure.exit_code, f"not all machines came ({found[1]})"
-    raised = re.findall(r"^(\[rank\d+\]: ?)?(?!Traceback)((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
-    raised = [
-        (rank, error) for rank, error in raised if not re.match(r"subprocess\.Called|torch\.distributed\.", error)
-    ]
+    others = r"Traceback|subprocess\.Called|torch\.distributed\."  # which say nothing of the cause
+    raised = re.findall(rf"^(\[rank\d+\]: ?)?(?!{others})((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
     if raised:
         return Failure.exit_code, [error for rank, error in raised if rank == raised[0][0]][-1]
     if any(code == Stopped.exit_code for code, _ in said):
