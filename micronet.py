@@ -4844,9 +4844,10 @@ LAST = "that was the last stage"
 def launched(
     launch: Launch, name: str, options: list[str], stop: StopRequest
 ) -> tuple[list[tuple[int, str]], list[str], int]:
-    """Run a stage in processes of its own, to their end; return what they said (see `listen`) and the exit code.
+    """Run a stage in processes of its own, to their end; return what they wrote of a failure and the exit code.
 
-    Its errors pass through here, so that what comes with a failure can be told in a line and kept; that pipe ends when
+    That is exit codes and lines of this program, and what others wrote, from the first sign of trouble on: kept back,
+    so that it can be told in a line. What else they write on standard error passes through here; that pipe ends when
     the last process of the stage is gone.
     """
     command = [*launch.command, os.path.abspath(__file__), "run-stage", name, *options, "--lifeline"]
@@ -4861,25 +4862,16 @@ def launched(
     stop.then = ask
     if stop.made():  # since it was asked above
         ask()
-    with pausing(child.pid):
-        return *listen(child, stop), child.returncode
-
-
-def listen(child: subprocess.Popen[str], stop: StopRequest) -> tuple[list[tuple[int, str]], list[str]]:
-    """Pass on what a stage's processes write on standard error, until the last one is gone, but for its failure.
-
-    Returns that: exit codes and lines of this program, and what others wrote, from the first sign of trouble on.
-    """
     said, trouble = [], []
-    for line in child.stderr:
-        if error := re.match(r"error (\d+): (.*)", line):
-            said.append((int(error[1]), error[2]))
-        elif trouble or TROUBLE.match(line):
-            trouble.append(line)
-        elif stop.signum is None:
-            sys.stderr.write(line)
-    child.wait()
-    return said, trouble
+    with pausing(child.pid):
+        for line in child.stderr:
+            if error := re.match(r"error (\d+): (.*)", line):
+                said.append((int(error[1]), error[2]))
+            elif trouble or TROUBLE.match(line):
+                trouble.append(line)
+            elif stop.signum is None:
+                sys.stderr.write(line)
+        return said, trouble, child.wait()
 
 
 def stage_failure(
