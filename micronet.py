@@ -4808,7 +4808,7 @@ def all_aside(stages: list[Stage], ckpt: Path, console: Console) -> None:
 def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, stop: StopRequest) -> None:
     """Train a stage in processes of its own; raises Stopped where that is asked for, Failure unless it ends finished.
 
-    The stage draws on the terminal itself.
+    The stage draws on the terminal itself. What the line of a failure leaves out is kept in its error.log.
     """
     if stop.made():
         raise stop.stopped(stage, len(read_kept(stage, ckpt).history))
@@ -4818,7 +4818,15 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
         raise stop.stopped(stage, len(kept.history))
     if kept.is_finished and not said and not NEVER_MET.search("".join(trouble)):
         return sys.stderr.writelines(trouble)
-    raise stage_failure(kept, ckpt, said, trouble, returncode, stop.anew)
+    code, reason = explain_failure(said, trouble, returncode)
+    ours = (code, reason) in said
+    if not ours:
+        reason += write_error_log(ckpt / stage.name / "error.log", trouble)
+    failure = f"stage {stage.name} failed: {reason.removeprefix(f'stage {stage.name}: ')}"
+    met_again = [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)]
+    if not ours or code not in met_again:
+        failure += f"; {resumption(stage, len(kept.history), stop.anew)}"
+    raise Failure(failure, code)
 
 
 def join_chain(launch: Launch, options: list[str], ckpt: Path, stop: StopRequest) -> None:
@@ -4872,21 +4880,6 @@ def launched(
             elif stop.signum is None:
                 sys.stderr.write(line)
         return said, trouble, child.wait()
-
-
-def stage_failure(
-    kept: Kept, ckpt: Path, said: list[tuple[int, str]], trouble: list[str], returncode: int, anew: bool
-) -> Failure:
-    """Return why a launched stage has failed, and keep in its error.log what the line leaves out."""
-    name, (code, reason) = kept.stage.name, explain_failure(said, trouble, returncode)
-    ours = (code, reason) in said
-    if not ours:
-        reason += write_error_log(ckpt / name / "error.log", trouble)
-    failure = f"stage {name} failed: {reason.removeprefix(f'stage {name}: ')}"
-    met_again = [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)]
-    if not ours or code not in met_again:
-        failure += f"; {resumption(kept.stage, len(kept.history), anew)}"
-    return Failure(failure, code)
 
 
 def write_error_log(log: Path, trouble: list[str]) -> str:
