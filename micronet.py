@@ -3021,7 +3021,7 @@ def together(act: Callable[[], Any]) -> Any:
         result = act()
     except (Failure, OSError) as error:
         failure = Unwritable(in_words(error)) if isinstance(error, OSError) else error
-    found = from_all((this_machine(), failure))
+    found = from_all(failure)
     for machine, first in found:
         if first and len({machine for machine, _ in found}) > 1:
             first.args = (f"{machine}: {first}",)
@@ -3039,23 +3039,18 @@ def in_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
 
 def check_alike(facts: dict[str, Any]) -> None:
     """Raise Misconfigured in all processes where one, of another machine perhaps, starts from other facts, by name."""
-    (main, expected), *others = from_all((this_machine(), facts))
+    (main, expected), *others = from_all(facts)
     for machine, found in others:
         for name in facts:
             if found[name] != expected[name]:
                 raise Misconfigured(f"{machine}: another {name} than on {main}, which keeps the checkpoints")
 
 
-def from_all(value: Any) -> list[Any]:
-    """Return what all processes call this with, the main one's first."""
+def from_all(value: Any) -> list[tuple[str, Any]]:
+    """Return what all processes call this with, the main one's first, each after its machine, as messages name it."""
     from accelerate.utils import gather_object
 
-    return gather_object([value])
-
-
-def this_machine() -> str:
-    """Return this machine's number and host name, for messages."""
-    return f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})"
+    return gather_object([(f"machine {os.environ.get('GROUP_RANK', 0)} ({platform.node()})", value)])
 
 
 def is_launched() -> bool:

@@ -191,13 +191,13 @@ def test_slurm_tells_which_of_several_machines_this_is(
 def test_other_images_on_another_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a stage that has none to compare with yet."""
 
-    def with_another(value: tuple[str, object]) -> list[tuple[str, object]]:
-        found = value[1]
+    def with_another(values: list[tuple[str, object]]) -> list[tuple[str, object]]:
+        _, found = values[0]
         if isinstance(found, dict) and any(name.startswith("content of ") for name in found):
-            return [value, ("machine 1 (other)", {name: {"train": "0"} for name in found})]
-        return [value]
+            return [*values, ("machine 1 (other)", {name: {"train": "0"} for name in found})]
+        return values
 
-    monkeypatch.setattr(micronet, "from_all", with_another)
+    monkeypatch.setattr("accelerate.utils.gather_object", with_another)
     (tmp_path / "stages.toml").write_text(STORY)
     result = invoke("run-stage", "first", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path)
     reset_accelerate()
@@ -208,10 +208,10 @@ def test_other_images_on_another_machine_are_refused(tmp_path: Path, monkeypatch
 
 def test_what_fails_on_one_machine_is_raised_with_its_name_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = micronet.Refused("data/cifar: missing")
-    monkeypatch.setattr(micronet, "from_all", lambda value: [value, ("machine 1 (b)", failure)])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda values: [*values, ("machine 1 (b)", failure)])
     with pytest.raises(micronet.Refused, match=r"machine 1 \(b\): data/cifar: missing"):
         micronet.together(lambda: None)
-    monkeypatch.setattr(micronet, "from_all", lambda value: [value])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda values: values)
     with pytest.raises(micronet.Unwritable, match=r"^x: No space"):  # of one machine alone, which needs no name
         micronet.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
 
