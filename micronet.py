@@ -4533,7 +4533,7 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
     check_alike({f"stage {stage.name}": stage, "micronet.py": own_file, "torch": torch.__version__})
     held: list[Callable[[Metadata | None], None]] = []  # in the main process, what tells whether the lock is
     history: Collection[Record] = ()
-    with ExitStack() as stack, peer_failures(stage, stop, lambda: len(history)), out_of_memory(stage):
+    with ExitStack() as stack, in_a_line(stage, stop, lambda: len(history)):
         main(lambda: held.append(stack.enter_context(locked(stage, ckpt))))
         state = main(lambda: None if restart else kept_state(stage, ckpt, whole=True))
         history = state.metadata.history if state else ()
@@ -4572,25 +4572,18 @@ def open_trackers(stage: Stage, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def out_of_memory(stage: Stage) -> Iterator[None]:
-    """Say in one line that memory does not suffice, on a GPU or a CPU; raises Failure."""
+def in_a_line(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
+    """Say in one line that memory does not suffice, on a GPU or a CPU, or that another process is gone.
+
+    Of the latter collective operations fail. Raises Failure or Stopped.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is the latter, as is what the CPU's says
-        if not re.search("out of memory|allocate memory|bad_alloc", f"{error!r}") and type(error) is not MemoryError:
-            raise
-        raise Failure(
-            f"stage {stage.name}: out of memory with batch_size = {stage.batch_size}: lower it, or use more processes"
-        ) from None
-
-
-@contextmanager
-def peer_failures(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
-    """Say in one line that another process is gone, of which collective operations fail; raises Failure or Stopped."""
-    try:
-        yield
-    except RuntimeError as error:
-        time.sleep(1)  # until the signal that has stopped that one a step earlier is here, too
+        if re.search("out of memory|allocate memory|bad_alloc", f"{error!r}") or type(error) is MemoryError:
+            words = f"out of memory with batch_size = {stage.batch_size}: lower it, or use more processes"
+            raise Failure(f"stage {stage.name}: {words}") from None
+        time.sleep(1)  # until the signal that has stopped the other process a step earlier is here, too
         if stop.made():
             raise stop.stopped(stage, done()) from None
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):

@@ -228,10 +228,10 @@ def test_a_traceback_is_kept_and_told_in_a_line(tmp_path: Path, capfd: pytest.Ca
     (MemoryError(), "out of memory with batch_size = 128"),
 ])  # fmt: skip
 def test_want_of_memory_names_the_batch_size(error: Exception, told: str) -> None:
-    stage = micronet.Stage("first", network="efficientnet_b0")
-    with pytest.raises(micronet.Failure, match=told), micronet.out_of_memory(stage):
+    training = micronet.Stage("first", network="efficientnet_b0"), micronet.StopRequest(), lambda: 0
+    with pytest.raises(micronet.Failure, match=told), micronet.in_a_line(*training):
         raise error
-    with pytest.raises(RuntimeError, match="another"), micronet.out_of_memory(stage):
+    with pytest.raises(RuntimeError, match="another"), micronet.in_a_line(*training):
         raise RuntimeError("another")
 
 
