@@ -4974,7 +4974,7 @@ Timeout = Annotated[float, typer.Option(min=1, max=10**6, help="Seconds that a p
 MachineRank = Annotated[
     int | None, typer.Option(min=0, help="Of several machines, which this is; not given: what SLURM_NODEID says, or 0.")
 ]
-Address = Annotated[str | None, typer.Option("--main-process-ip", help="Where the machine of rank 0 is reached.")]
+Address = Annotated[str | None, typer.Option(help="Where the machine of rank 0 is reached.")]
 Precision = Literal["fp32", "bf16", "fp16"]
 LogWith = Annotated[str | None, typer.Option(help="Send each epoch's figures to tensorboard, wandb, ..., too.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=10**9, help="Seed, over what the stages file says.")]
@@ -5146,7 +5146,7 @@ def chain(
 def show(
     ckpt: Annotated[Path, typer.Option(help="Folder whose stages to show.")] = Path("ckpt"),
     follow: Annotated[bool, typer.Option("--follow", help="Keep it up to date until Ctrl-C.")] = False,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Write the picture to this file, too.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture to this file, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the table and curves of what is kept. Also while a chain trains in another terminal.
@@ -5181,7 +5181,7 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="Folder with the images; none: random ones.")] = None,
     ckpt: Annotated[Path, typer.Option(help="Folder that says which epochs are left.")] = Path("ckpt"),
     config_file: ConfigFile = Path("accelerate_config.yaml"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time, after three that are not.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after three that are not.")] = 10,
     as_json: AsJson = False,
     profile: Annotated[bool, typer.Option("--profile", help="Show the operations that take longest, too.")] = False,
 ) -> None:
@@ -5207,8 +5207,8 @@ def bench(
 def bench_stage(
     name: str,
     stages: StagesFile,
-    steps: Annotated[int, typer.Option("--steps")],
-    data: Annotated[Path | None, typer.Option("--data")] = None,
+    steps: Annotated[int, typer.Option()],
+    data: Path | None = None,
     profile: Annotated[bool, typer.Option("--profile")] = False,
 ) -> None:
     """Measure one stage in this process and print JSON; `bench` launches it."""
@@ -5293,9 +5293,7 @@ def export(
     card: Annotated[bool, typer.Option("--card", help="Write README.md and labels.txt beside it, too.")] = False,
     bits: Annotated[
         int,
-        typer.Option(
-            "--bits", help="Of its weights: 16; or 8 in an .onnx, and of its activations, scaled on training images."
-        ),
+        typer.Option(help="Of its weights: 16; or 8 in an .onnx, and of its activations, scaled on training images."),
     ] = 16,
     as_json: AsJson = False,
 ) -> None:
@@ -5311,7 +5309,7 @@ def export(
 def import_published(
     file: Annotated[Path, typer.Argument(help="A checkpoint that the method's authors published (.pytar).")],
     network: Annotated[str, typer.Option(help="What it is a checkpoint of, such as ex.")],
-    out: Annotated[Path, typer.Option("--out", help="Checkpoint to write (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors).")],
 ) -> None:
     """Take a checkpoint that the method's authors published. Nothing in the file is executed.
 
