@@ -4804,8 +4804,8 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     kept = read_kept(stage, ckpt)
     if stop.signum is not None and not kept.is_finished:
         raise stop.stopped(stage, len(kept.history))
-    if kept.is_finished and not said and not NEVER_MET.search("".join(trouble)):
-        return sys.stderr.writelines(trouble)
+    if kept.is_finished and not said and not NEVER_MET.search(trouble):
+        return print(trouble, end="", file=sys.stderr)
     code, reason = explain_failure(said, trouble, returncode)
     ours = (code, reason) in said
     if not ours:
@@ -4839,7 +4839,7 @@ LAST = "that was the last stage"
 
 def launched(
     launch: Launch, name: str, options: list[str], stop: StopRequest
-) -> tuple[list[tuple[int, str]], list[str], int]:
+) -> tuple[list[tuple[int, str]], str, int]:
     """Run a stage in processes of its own, to their end; return what they wrote of a failure and the exit code.
 
     That is exit codes and lines of this program, and what others wrote, from the first sign of trouble on: kept back,
@@ -4858,24 +4858,24 @@ def launched(
     stop.then = ask
     if stop.made():  # since it was asked above
         ask()
-    said, trouble = [], []
+    said, trouble = [], ""
     with pausing(child.pid):
         for line in child.stderr:
             if error := re.match(r"error (\d+): (.*)", line):
                 said.append((int(error[1]), error[2]))
             elif trouble or TROUBLE.match(line):
-                trouble.append(line)
+                trouble += line
             elif stop.signum is None:
                 sys.stderr.write(line)
         return said, trouble, child.wait()
 
 
-def write_error_log(log: Path, trouble: list[str]) -> str:
+def write_error_log(log: Path, trouble: str) -> str:
     """Keep what others wrote in a file; return what to say of it, nothing where there is nothing to keep."""
     if trouble:
         with suppress(OSError):  # on a full disk, say
             log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text("".join(trouble), errors="replace")
+            log.write_text(trouble, errors="replace")
             return f" (all of it in {log})"
     return ""
 
@@ -4886,28 +4886,27 @@ TROUBLE = re.compile(r"(\[rank\d+\]: ?)?(Traceback \(most|\[?[WE]\d{4} \d\d:\d\d
 NEVER_MET = re.compile(r"next_rendezvous(?s:.*)^torch\.distributed\.\w+: (.*)", re.MULTILINE)
 
 
-def explain_failure(said: list[tuple[int, str]], trouble: list[str], returncode: int) -> tuple[int, str]:
+def explain_failure(said: list[tuple[int, str]], trouble: str, returncode: int) -> tuple[int, str]:
     """Return an exit code and in one line why a launched stage has failed, from what its processes wrote.
 
     A process that another one's death stops says so, too: that counts for least.
     """
-    text = "".join(trouble)
     own = [each for each in said if each[0] != Stopped.exit_code and not each[1].startswith(GONE)]
     if own:
         return own[0]
-    if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", text):
+    if returncode == -signal.SIGKILL or re.search(r"SIGKILL|exitcode *: -9\b", trouble):
         return Failure.exit_code, "a process was killed (SIGKILL), perhaps for want of memory"
-    if found := NEVER_MET.search(text):
+    if found := NEVER_MET.search(trouble):
         return Failure.exit_code, f"not all machines came ({found[1]})"
     others = r"Traceback|subprocess\.Called|torch\.distributed\."  # which say nothing of the cause
-    raised = re.findall(rf"^(\[rank\d+\]: ?)?(?!{others})((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", text, re.MULTILINE)
+    raised = re.findall(rf"^(\[rank\d+\]: ?)?(?!{others})((?:\w+\.)*[A-Z]\w*(?:: .*)?)$", trouble, re.MULTILINE)
     if raised:
         return Failure.exit_code, [error for rank, error in raised if rank == raised[0][0]][-1]
     if any(code == Stopped.exit_code for code, _ in said):
         return Stopped.exit_code, "stopped by a signal"
     if said:
         return said[0]
-    signals = re.findall(r"SIG[A-Z]+", text)
+    signals = re.findall(r"SIG[A-Z]+", trouble)
     return Failure.exit_code, f"ended by {signals[0]}" if signals else f"ended without a word, exit code {returncode}"
 
 
@@ -4945,7 +4944,7 @@ def launch_bench(launch: Launch, stage: Stage, options: list[str]) -> dict[str, 
     result = subprocess.run(command, env=launch.environment, capture_output=True, text=True, errors="replace")
     if result.returncode:
         errors = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
-        reason = explain_failure([], [result.stderr], result.returncode)[1]
+        reason = explain_failure([], result.stderr, result.returncode)[1]
         raise Failure(errors[0] if errors else f"stage {stage.name}: {reason}")
     return json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
 

@@ -200,7 +200,7 @@ KILLED = "a process was killed (SIGKILL), perhaps for want of memory"
 def test_what_went_wrong_is_told_as_what_it_was(
     said: list[tuple[int, str]], trouble: str, code: int, reason: str
 ) -> None:
-    assert micronet.explain_failure(said, trouble.splitlines(keepends=True), 7) == (code, reason)
+    assert micronet.explain_failure(said, trouble, 7) == (code, reason)
 
 
 def launch(code: str, tmp_path: Path) -> str:

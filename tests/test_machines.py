@@ -220,7 +220,7 @@ def test_a_machine_that_never_comes_is_a_line() -> None:
     """As torch 2.15 ends on the first machine and on another."""
     text = "E1129 10:00:00 x\nTraceback (most recent call last):\n  rdzv_handler.next_rendezvous()\n"
     text += "torch.distributed.DistStoreError: Timed out after 11 seconds waiting for clients. 1/2 clients joined.\n"
-    code, said = micronet.explain_failure([], [text], 1)
+    code, said = micronet.explain_failure([], text, 1)
     assert code == 1 and said.startswith("not all machines came (Timed out after 11 seconds")
 
 
