@@ -11,7 +11,7 @@ import importlib.util
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -60,9 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Let every test open an accelerator of its own."""
-    yield
+def fresh_accelerate() -> None:
+    """Let every test open an accelerator of its own, whatever its fixtures have opened."""
     reset_accelerate()
 
 
@@ -86,10 +85,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "stages.toml").write_text(TINY)
     for name in ("first", "second"):
-        reset_accelerate()
         result = invoke("run-stage", name, "--stages", folder / "stages.toml", "--ckpt", folder / "ckpt")
         assert result.exit_code == 0, result.output
-    reset_accelerate()
     return folder
 
 
@@ -138,7 +135,8 @@ def build_network(
 
 
 def invoke(*arguments: object) -> Result:
-    """Run a command in this process."""
+    """Run a command in this process, which forgets the accelerator of what it has run before."""
+    reset_accelerate()
     return CliRunner().invoke(micronet.app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "200"})
 
 

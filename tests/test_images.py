@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_EPOCH, ROOT, TINY, build_network, drawn, invoke, reset_accelerate
+from conftest import ONE_EPOCH, ROOT, TINY, build_network, drawn, invoke
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
@@ -77,7 +77,6 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(home: Path, name: str, *options: object) -> object:
-    reset_accelerate()
     given = ["--stages", home / "stages.toml", "--data", home / "data", "--ckpt", home / "ckpt"]
     return invoke("run-stage", name, *given, *options)
 
@@ -403,7 +402,6 @@ def test_every_part_of_the_images_counts() -> None:
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(pets: Path, tmp_path: Path) -> None:
     stage = read_metadata(pets / "ckpt" / "first").stage
-    reset_accelerate()
     for name in ("train", "validation"):
         fewer = replace(stage.folder, **{name: getattr(stage.folder, name) - 1})
         with pytest.raises(Refused, match="images of folder:pets have changed"):

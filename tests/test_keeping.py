@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import invoke, reset_accelerate
+from conftest import invoke
 from pytest import MonkeyPatch
 from test_training import STAGE as SHORT_STAGE
 
@@ -30,7 +30,6 @@ STAGE = replace(SHORT_STAGE, network="efficientnet_ex", train_images=40, epochs=
 
 @pytest.fixture(scope="module")
 def run() -> micronet.Run:
-    reset_accelerate()
     images = micronet.random_images(STAGE, 40)._replace(class_names=list("abcdefghij"))
     return micronet.new_run(STAGE, micronet.open_accelerator(), images, images)
 

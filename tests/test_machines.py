@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, invoke, reset_accelerate
+from conftest import ROOT, invoke
 from test_program import Chain, of_epochs
 from test_training import same_training
 
@@ -89,7 +89,6 @@ def test_machines_that_share_nothing_lose_one_and_go_on(machines: list[Machine],
     """The second has an older copy of a stage, which changes nothing, and keeps nothing of its own."""
     main, second = machines
     assert invoke("run-stage", "first", "--stages", second.stages, "--ckpt", second.ckpt, "--seed", 1).exit_code == 0
-    reset_accelerate()
     stale = {path: path.read_bytes() for path in second.ckpt.rglob("*") if path.is_file()}
 
     running = started(machines)
@@ -200,7 +199,6 @@ def test_other_images_on_another_machine_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr("accelerate.utils.gather_object", with_another)
     (tmp_path / "stages.toml").write_text(STORY)
     result = invoke("run-stage", "first", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path)
-    reset_accelerate()
     assert (
         result.exit_code == 2 and "machine 1 (other): another content of synthetic than on machine 0" in result.output
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, TINY, WIDE, invoke, reset_accelerate
+from conftest import ROOT, TINY, WIDE, invoke
 from test_training import same_training
 
 import micronet
@@ -101,7 +101,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stages.toml").write_text(STORY)
     for stage in ("first", "second"):
         assert invoke("run-stage", stage, "--stages", folder / "stages.toml", "--ckpt", folder).exit_code == 0
-        reset_accelerate()
     return folder
 
 

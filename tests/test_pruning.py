@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, build_network, invoke, reset_accelerate
+from conftest import ROOT, TINY, build_network, invoke
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,7 +47,6 @@ def sparse(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sparse")
     shutil.copytree(trained / "ckpt", folder / "ckpt")
     (folder / "stages.toml").write_text(PRUNED)
-    reset_accelerate()
     result = invoke("run-stage", "sparse", "--stages", folder / "stages.toml", "--ckpt", folder / "ckpt")
     assert result.exit_code == 0, result.output
     assert "starts from: second, " in result.output and "pruned: 60 % of the weights, over 2 epochs" in result.output
@@ -204,7 +203,6 @@ def test_a_start_is_refused_as_a_teacher_is(sparse: Path, tmp_path: Path) -> Non
         shutil.rmtree(ckpt / "own", ignore_errors=True)
         result = invoke("run-stage", "own", "--stages", tmp_path / "stages.toml", "--ckpt", ckpt)
         assert (result.exit_code, result.output.count("\n")) == (code, 1) and words in result.output
-        reset_accelerate()
 
 
 def test_a_start_that_the_stage_does_not_name_contradicts(sparse: Path) -> None:
@@ -238,7 +236,6 @@ def test_a_pruned_stage_goes_on_to_the_same_bits_without_its_start(sparse: Path,
         for _ in range(2):
             with pytest.raises(Enough):
                 invoke(*command)
-            reset_accelerate()
             shutil.rmtree(tmp_path / "ckpt" / "second", ignore_errors=True)
         assert invoke(*command).exit_code == 0 and stopped == [1, 3]
     again = load_file(tmp_path / "ckpt" / "sparse" / "last.safetensors")

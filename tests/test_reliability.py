@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, invoke, program, reset_accelerate
+from conftest import ROOT, TINY, invoke, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -63,7 +63,6 @@ def every_epoch(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         patch.setattr(micronet, "evaluate", evaluate)
         for stage in ("first", "second"):
             assert train(folder, stage).exit_code == 0
-            reset_accelerate()
     return copies
 
 
@@ -126,7 +125,6 @@ def test_whatever_is_killed_ends_with_the_same_bits(
     undisturbed, moments = tmp_path / "undisturbed", random.Random(0)
     for name in names:
         assert invoke("run-stage", name, "--stages", stages, "--ckpt", undisturbed).exit_code == 0
-        reset_accelerate()
     while killed < kills:
         chain, finished, left = Chain(tmp_path / str(rounds), stages), {}, min(kills, killed + 10)
         if len(names) == 1:
@@ -266,7 +264,6 @@ def test_a_full_disk(half: Path, undisturbed: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert refused(result, f"error: {file}: File too large", code=5) and read_metadata(last).last.epoch == 3
-        reset_accelerate()
     assert f"first failed: {last}: File too large" in invoke("show", "--ckpt", half).output.replace("\n", "")
     assert train(half).exit_code == 0 and same_as(half, undisturbed)
     assert "failed" not in invoke("show", "--ckpt", half).output
@@ -380,7 +377,6 @@ def test_a_wrong_teacher_is_refused(undisturbed: Path, tmp_path: Path) -> None:
         save_checkpoint(path, tensors, replace(about, stage=replace(about.stage, depth=depth)))
         (tmp_path / "stages.toml").write_text(stages + line)
         assert refused(train(tmp_path, "second"), f"error: {path}: ", message) and not (tmp_path / "second").exists()
-        reset_accelerate()
 
 
 def test_a_teacher_that_is_not_finished_explained_or_there_is_named(half: Path) -> None:

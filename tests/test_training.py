@@ -30,9 +30,9 @@ STAGE = Stage(
 
 
 def begin(stage: Stage, ckpt: Path) -> micronet.Run:
-    return micronet.open_run(
-        stage, Path("data"), ckpt, micronet.open_accelerator(), micronet.kept_state(stage, ckpt, whole=True)
-    )
+    reset_accelerate()
+    state = micronet.kept_state(stage, ckpt, whole=True)
+    return micronet.open_run(stage, Path("data"), ckpt, micronet.open_accelerator(), state)
 
 
 def same_training(a: Path, b: Path) -> bool:
@@ -104,7 +104,6 @@ def test_the_teachers_labels_decide_not_the_true_ones(chain: dict[str, Stage], t
         run.train.labels.add_(shift).remainder_(10)
         list(train_stage(stage, run))
         weights.append(run.student.embedding.weight.clone())
-        reset_accelerate()
     assert torch.equal(*weights)
 
 
@@ -152,7 +151,6 @@ def test_what_a_seed_and_what_a_process_draws(tmp_path: Path, monkeypatch: pytes
         next(event for event in train_stage(stage, run) if isinstance(event, Stepped))
         drawn.append((weights, *images, torch.stack(left_out)))
         monkeypatch.undo()
-        reset_accelerate()
     first, *others = drawn
     same = [list(map(torch.equal, first, other)) for other in others]
     assert same == [[True] * 3, [False] * 3, [True, False, False]]
@@ -214,7 +212,6 @@ def test_accumulation_keeps_the_global_batch(tmp_path: Path, monkeypatch: pytest
         run.optimizer.optimizer.register_step_post_hook(lambda *_: counted.append(1))
         list(train_stage(stage, run))
         results.append((len(counted), run.student.embedding.weight.detach().clone(), run.history[0].train_loss))
-        reset_accelerate()
     (steps, weights, loss), (steps2, weights2, loss2) = results
     assert steps == steps2 == 9 and loss == pytest.approx(loss2, rel=0.02)
     start = begin(stage, tmp_path).student.embedding.weight
@@ -235,7 +232,6 @@ def test_a_teacher_that_changed_under_way_is_refused(trained: Path, write: Calla
             micronet.save_checkpoint(path, kept, replace(state, best_network=best.tensors))
         result = invoke("run-stage", "second", "--stages", longer, "--ckpt", tmp_path)
         assert result.exit_code == 3 * shift and words in result.output, result.output
-        reset_accelerate()
 
 
 def place(network: nn.Module, device: torch.device) -> None:
