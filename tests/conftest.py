@@ -140,6 +140,12 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(micronet.app, [str(a) for a in arguments], catch_exceptions=False, env={"COLUMNS": "200"})
 
 
+def refused(result: Result, *words: str, code: int = 2, shown: bool = False) -> bool:
+    """See that a command has ended with a line and a code, and `shown` nothing else; tell whether the line says so."""
+    assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
+    return (shown or not result.stdout) and all(word in result.stderr for word in words)
+
+
 def program(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own, without a terminal."""
     command = [sys.executable, str(ROOT / "micronet.py"), *map(str, arguments)]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import micronet
 import pytest
 import torch
-from conftest import build_network, invoke
+from conftest import build_network, invoke, refused
 from torch import Tensor, nn
 
 from micronet import (
@@ -229,5 +229,4 @@ def test_layers_and_the_board_stand_below_the_scores() -> None:
     ("--board --json", "--board: is a table: expected without --json"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused(arguments: str, message: str) -> None:
-    result = invoke("score", *arguments.split())
-    assert (result.exit_code, result.output.count("\n")) == (2, 1) and f"error: {message}" in result.stderr
+    assert refused(invoke("score", *arguments.split()), f"error: {message}")

@@ -1,6 +1,7 @@
 """Nothing that was reported saved is lost, and no file is trusted: real processes, real signals, hostile input."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import ROOT, TINY, invoke, program
@@ -38,6 +40,7 @@ CHANGING = CHAIN.replace("[4, 0.02]", "[4, 0.2]")
 SHORT = CHANGING.replace("[defaults]", '[defaults]\nviews = ["crop"]')  # two steps an epoch
 TOP1 = [20.0, 30.0, 10.0, 40.0, 30.0, 20.0]  # that its epochs are said to come to: the fourth one overtakes
 EVALUATE = micronet.evaluate
+refused = functools.partial(conftest.refused, code=3, shown=True)
 
 
 def evaluate(network: torch.nn.Module, *rest: object) -> torch.Tensor:
@@ -87,12 +90,6 @@ def train(folder: Path, *words: str) -> Result:
     """Run run-stage, of the first stage if no other one is named, or another command."""
     command = words if "chain" in words else ("run-stage", *(words or ["first"]))
     return invoke(*command, "--stages", folder / "stages.toml", "--ckpt", folder)
-
-
-def refused(result: Result, *words: str, code: int = 3) -> bool:
-    """Tell whether a command has ended with a line that says so."""
-    assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
-    return all(word in result.stderr for word in words)
 
 
 def same_as(folder: Path, undisturbed: Path, stage: str = "first") -> bool:
