@@ -186,22 +186,6 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     assert refused(train(tmp_path, "first"), f"error: {closed}: Permission denied\n", code=5)
 
 
-@pytest.mark.parametrize("name", ["", "../pets", "a/b", ".", "..", ".git", "a\\b"])
-def test_a_name_that_is_none(name: str, write: Callable[..., Path]) -> None:
-    result = invoke("chain", "--dry-run", "--stages", write(PHOTOS.replace('"folder:pets"', f"'folder:{name}'")))
-    assert (result.exit_code, result.output.count("\n")) == (2, 1)
-    assert result.stderr.endswith("expected one of cifar100, cifar10, synthetic, or folder:NAME\n")
-
-
-@pytest.mark.parametrize(("line", "message"), [
-    ("side = 48", "side = 48: expected a multiple of 32 up to 256"), ("side = 288", "side = 288: expected a multiple"),
-    ("side = 32.0", "side = 32.0: expected"), ("side = 64\ndataset = 'cifar10'", "side = 64: expected 32, which the images of cifar10"),
-])  # fmt: skip
-def test_a_mistaken_side(line: str, message: str, write: Callable[..., Path]) -> None:
-    result = invoke("chain", "--dry-run", "--stages", write(f'[stage.a]\nnetwork = "ex"\n{line}'))
-    assert result.exit_code == 2 and message in result.stderr
-
-
 # -------------------------------------------------------------------------------------------------------------- pixels
 
 

@@ -263,31 +263,6 @@ def test_the_best_epoch_is_none_of_a_denser_network(sparse: Path) -> None:
     assert calls == [(f"{name}_statistics", done) for done in (0, 1) for name in ("reset", "debias")]
 
 
-MISTAKES = {
-    'start = "nobody"': 'start = "nobody": expected another stage (first, second) or the path of a checkpoint',
-    'start = "sparse"': 'start = "sparse": expected no cycle, but it goes sparse -> sparse',
-    'start = "first"': 'network = "efficientnet_ex": expected that of its start first, "efficientnet_b0"',
-    'start = "second"\nwidth = 0.5': "width = 0.5: expected that of its start second, 0.1",
-    'start = "second"\ndepth = 0.5': "depth = 0.5: expected that of its start second, 0.1",
-    "sparsity = 1": "sparsity = 1: expected a number from 0 to below 1",
-    "sparsity = 0.5\nprune_epochs = 4": "prune_epochs = 4: expected at most epochs = 3",
-    "prune_epochs = 2": "prune_epochs = 2: expected a sparsity above 0 with it",
-}
-
-
-@pytest.mark.parametrize(("keys", "words"), MISTAKES.items())
-def test_mistakes_are_named(keys: str, words: str, write: Callable[..., Path]) -> None:
-    result = invoke("chain", "--stages", write(f'{TINY}[stage.sparse]\nnetwork = "ex"\n{keys}\n'), "--dry-run")
-    assert result.exit_code == 2 and f"stage sparse: {words}" in result.output
-
-
-def test_a_cycle_may_go_through_both_kinds_of_parents(write: Callable[..., Path]) -> None:
-    text = TINY.replace('network = "efficientnet_b0"', 'network = "efficientnet_b0"\nteacher = "third"')
-    result = invoke("chain", "--stages", write(text + '[stage.third]\nnetwork = "ex"\nstart = "second"\n'), "--dry-run")
-    words = 'stage first: teacher = "third": expected no cycle, but it goes first -> third -> second -> first'
-    assert result.exit_code == 2 and words in result.output
-
-
 def test_a_pruned_network_starts_none_that_is_denser(sparse: Path, tmp_path: Path) -> None:
     for sparsity, code in ((0.5, 2), (0.6, 0)):
         text = PRUNED + f'[stage.denser]\nnetwork = "ex"\nstart = "sparse"\nsparsity = {sparsity}\n'

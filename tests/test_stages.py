@@ -89,6 +89,7 @@ def test_teachers_come_first() -> None:
 
 
 GOOD = '[stage.a]\nnetwork = "efficientnet_b0"\n'
+CHILD, NO_CYCLE = '[stage.b]\nnetwork = "ex"\n', "expected no cycle, but it goes"
 MISTAKES = {  # what stands in the file: what the line must name
     "": "no stage",
     "this is not toml": "not valid TOML",
@@ -113,22 +114,34 @@ MISTAKES = {  # what stands in the file: what the line must name
     GOOD + f"scale = {10**400}": "stage a: scale = 1000",
     GOOD + "views = []": "stage a: views = []: expected a list of one or more of jitter, jitter-crop, crop",
     GOOD + 'dataset = "imagenet"': 'stage a: dataset = "imagenet": expected one of cifar100, cifar10, synthetic, or folder:NAME',
+    GOOD + "side = 48": "side = 48: expected a multiple of 32 up to 256",
+    GOOD + "side = 288": "side = 288: expected a multiple",
+    GOOD + 'side = 64\ndataset = "cifar10"': "side = 64: expected 32, which the images of cifar10",
     GOOD + "train_images = 50001": "stage a: train_images = 50001: expected at most 50000",
     GOOD + "test_images = 10001": "stage a: test_images = 10001: expected at most 10000",
     GOOD + "train_images = 100": "stage a: batch_size = 128: expected at most the 100 training images",
     GOOD + "batch_size = 50001": "stage a: batch_size = 50001: expected at most the 50000 training images",
     GOOD + 'teacher = "b"': 'stage a: teacher = "b": expected another stage (there is none) or the path of a checkpoint',
-    GOOD + 'teacher = "a"': 'stage a: teacher = "a": expected no cycle, but it goes a -> a',
-    GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "efficientnet_b0"\nteacher = "a"': "a -> b -> a",
-    '[stage.c]\nnetwork = "ex"\nteacher = "a"\n' + GOOD + 'teacher = "b"\n[stage.b]\nnetwork = "b0"\nteacher = "a"': "a -> b -> a",
-    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\nscale = 6': "stage b: scale = 6.0: expected that of its teacher a, 5.0",
-    GOOD + '[stage.b]\nnetwork = "efficientnet_ex"\nteacher = "a"\ndataset = "synthetic"': "dataset = \"synthetic\": expected that of its teacher a, \"cifar100\"",
+    GOOD + 'start = "c"\n' + CHILD: 'stage a: start = "c": expected another stage (b) or the path of a checkpoint',
+    GOOD + 'teacher = "a"': f'stage a: teacher = "a": {NO_CYCLE} a -> a',
+    GOOD + 'start = "a"': f'stage a: start = "a": {NO_CYCLE} a -> a',
+    GOOD + 'teacher = "b"\n' + CHILD + 'start = "c"\n' + CHILD.replace(".b", ".c") + 'teacher = "a"': "a -> b -> c -> a",
+    '[stage.c]\nnetwork = "ex"\nteacher = "a"\n' + GOOD + 'teacher = "b"\n' + CHILD + 'teacher = "a"': "a -> b -> a",
+    GOOD + CHILD + 'teacher = "a"\nscale = 6': "stage b: scale = 6.0: expected that of its teacher a, 5.0",
+    GOOD + CHILD + 'teacher = "a"\ndataset = "cifar10"': 'dataset = "cifar10": expected that of its teacher a, "cifar100"',
+    GOOD + CHILD + 'start = "a"': 'network = "efficientnet_ex": expected that of its start a, "efficientnet_b0"',
+    GOOD + GOOD.replace(".a", ".b") + 'start = "a"\nwidth = 0.5': "width = 0.5: expected that of its start a, 1.0",
+    GOOD + GOOD.replace(".a", ".b") + 'start = "a"\ndepth = 0.5': "depth = 0.5: expected that of its start a, 1.0",
+    GOOD + "sparsity = 0.5\nprune_epochs = 71": "prune_epochs = 71: expected at most epochs = 70",
+    GOOD + "prune_epochs = 2": "prune_epochs = 2: expected a sparsity above 0 with it",
 }  # fmt: skip
 UNACCEPTABLE = """epochs = true | epochs = "70" | epochs = 1.5 | lr = -0.1 | lr = [[70, -0.1]] | lr = [[70, 0.1], [70, 0.01]]
 momentum = 1 | weight_decay = -0.1 | scale = 0 | margin = -1 | stochastic_depth = 1 | width = 0 | depth = 0 | seed = -1
-views = ["crop", "crop"] | views = "crop" """
+views = ["crop", "crop"] | views = "crop" | side = 32.0 | sparsity = 1"""
 for line in UNACCEPTABLE.replace("\n", " | ").split(" | "):
     MISTAKES[GOOD + line] = f"stage a: {line.strip()}: expected "
+for name in ("", "../x", "a/b", ".", "..", ".git", "a\\b"):
+    MISTAKES[GOOD + f"dataset = 'folder:{name}'"] = "expected one of cifar100, cifar10, synthetic, or folder:NAME\n"
 
 
 @pytest.mark.parametrize("text", MISTAKES)
