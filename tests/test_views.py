@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,19 +38,29 @@ EPOCHS = [EpochDone(record(3, 62.0), record(3, 62.0)), EpochDone(record(4, 60.0)
 LAST = EpochDone(record(70, 60.0), record(3, 62.0))
 
 
-def picture(
-    width: int, height: int, kept: list[Kept] = KEPT, begun: Started = BEGUN, events: list[Event] = EPOCHS
-) -> list[str]:
-    """Return a dashboard 64 seconds after a stage began or went on, as a terminal of that size would get it."""
-    file = io.StringIO()
+def terminal(width: int = 80, height: int = 24, encoding: str = "utf-8", **options: object) -> Console:
+    """Return a console on a terminal of that size."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     file.isatty = lambda: True
-    console = Console(file=file, width=width, height=height, force_terminal=True)
-    with MonkeyPatch.context() as patch, micronet.choose_view(console, kept) as view:
+    return micronet.new_console(file=file, width=width, height=height, force_terminal=True, **options)
+
+
+def written_on(console: Console) -> str:
+    return console.file.buffer.getvalue().decode(console.file.encoding)
+
+
+def see(patch: MonkeyPatch, view: micronet.Plain, *seen: tuple[float, Event]) -> None:
+    """Let a view see events, each at a second."""
+    for now, event in seen:
+        patch.setattr(time, "monotonic", lambda: now)
+        view(event)
+
+
+def picture(width: int, height: int, kept: list[Kept] = KEPT, begun: Started = BEGUN) -> list[str]:
+    """Return a dashboard 64 seconds after a stage began or went on, as a terminal of that size would get it."""
+    with MonkeyPatch.context() as patch, micronet.choose_view(terminal(width, height), kept) as view:
         patch.setattr(micronet, "peak_memory_mb", lambda device: 1234.4)
-        for seconds, seen in ((1000, [begun]), (1016, events), (1064, [STEP])):
-            patch.setattr(time, "monotonic", lambda seconds=seconds: seconds)
-            for event in seen:
-                view(event)
+        see(patch, view, (1000, begun), *((1016, epoch) for epoch in EPOCHS), (1064, STEP))
         return drawn(view.picture(), width)
 
 
@@ -86,58 +96,48 @@ def test_the_dashboard_shows_every_figure_in_its_place() -> None:
     assert lines[-2] == "⠒⠒ test top-1, % ⠂⠂ training ⠒ ⠒ teacher 81.25"
 
 
-def test_the_speed_is_that_of_the_last_seconds() -> None:
+def test_the_speed_is_that_of_the_last_seconds(monkeypatch: MonkeyPatch) -> None:
     """384 images in the first 8 seconds, half as fast in the next 16, and none in a pause."""
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
-        for seconds, event in ((0, BEGUN), (8, 3), (9, 3), (24, 6)):
-            patch.setattr(time, "monotonic", lambda seconds=seconds: float(seconds))
-            step = STEP._replace(epoch=3, step=event, images=128 * event) if isinstance(event, int) else event
-            view(step)
+
+    def step(n: int) -> Stepped:
+        return STEP._replace(epoch=3, step=n, images=128 * n)
+
+    with micronet.Dashboard(console := terminal(), KEPT) as view:
+        see(monkeypatch, view, (0, BEGUN), (8, step(3)), (9, step(3)), (24, step(6)))
         (line,) = [line for line in drawn(view.picture(), 80) if "speed" in line]
     assert " 24 images/s " in line and "speed █▅ " in line
-    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
-        for step in range(60):
-            patch.setattr(time, "monotonic", lambda step=step: 6.0 * step)
-            view(STEP._replace(epoch=3, step=step, images=128 * step) if step else BEGUN)
-        for width, bars in ((60, 8), (120, 26)):
-            console.width = width
-            patch.setattr(time, "monotonic", lambda width=width: 6.0 * (60 + width))
-            view(STEP._replace(epoch=3, step=60 + width, images=128 * (60 + width)))
-            assert (
-                sum(line.count("█") + line.count("▇") for line in drawn(view.picture(), width) if "speed" in line)
-                == bars
-            )
+    with micronet.Dashboard(console, KEPT) as view:
+        see(monkeypatch, view, (0, BEGUN), *((6 * n, step(n)) for n in range(1, 60)))
+        for console.width, bars in ((60, 8), (120, 26)):
+            see(monkeypatch, view, (6 * (60 + console.width), step(60 + console.width)))
+            (line,) = [line for line in drawn(view.picture(), console.width) if "speed" in line]
+            assert line.count("█") + line.count("▇") == bars
 
 
 def test_a_terminal_of_another_size_is_cleared() -> None:
     """It has broken the lines of the old picture, so that the cursor is not where that began."""
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    with micronet.Dashboard(console, KEPT) as view:
+    with micronet.Dashboard(console := terminal(), KEPT) as view:
         view(BEGUN)
-        assert "\x1b[2J" not in console.file.getvalue()
+        assert "\x1b[2J" not in written_on(console)
         console.width = 70
         view.live.redraw(since=0)
         view.live.redraw(since=0)
-        assert console.file.getvalue().count("\x1b[2J") == 1 and len(drawn(view.picture(), 70)[0]) == 69
+        assert written_on(console).count("\x1b[2J") == 1 and len(drawn(view.picture(), 70)[0]) == 69
         console.width = 60  # and the last picture, too
-    assert console.file.getvalue().count("\x1b[2J") == 2
+    assert written_on(console).count("\x1b[2J") == 2
 
 
-def test_the_time_between_epochs_is_that_since_the_last_step() -> None:
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
-        for seconds, event in ((0, BEGUN), (15, STEP._replace(epoch=3)), (20, EPOCHS[0]), (25, STEP._replace(epoch=4))):
-            patch.setattr(time, "monotonic", lambda seconds=seconds: float(seconds))
-            view(event)
+def test_the_time_between_epochs_is_that_since_the_last_step(monkeypatch: MonkeyPatch) -> None:
+    steps = [STEP._replace(epoch=epoch) for epoch in (3, 4)]
+    with micronet.Dashboard(terminal(), KEPT) as view:
+        see(monkeypatch, view, (0, BEGUN), (15, steps[0]), (20, EPOCHS[0]), (25, steps[1]))
         assert " 20 % tests, saves; " in "".join(drawn(view.picture(), 80))
 
 
 def test_redrawing_takes_little_of_the_time() -> None:
     """Four times a second at most, and less often where drawing takes more than 0.5 % of that."""
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
     for cost, rate in ((0.001, 4), (0.01, 0.5)):
-        with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
+        with MonkeyPatch.context() as patch, micronet.Dashboard(terminal(), KEPT) as view:
             now, drawn = [0.0], []
 
             def refresh() -> None:
@@ -169,12 +169,11 @@ def test_a_chain_shows_the_cursor_that_a_killed_stage_has_hidden(tmp_path: Path,
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_the_screen_of_a_chains_stage_makes_room_for_the_next(stays: bool) -> None:
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    with micronet.Dashboard(console, KEPT, stays) as view:
+    with micronet.Dashboard(console := terminal(), KEPT, stays) as view:
         for event in (BEGUN, *EPOCHS, STEP, LAST):
             view(event)
-    end = console.file.getvalue().split("✓ done")[-1]
-    assert ("\x1b[2K" in end) == (not stays) and "stage a-long-name is finished" in console.file.getvalue()
+    end = written_on(console).split("✓ done")[-1]
+    assert ("\x1b[2K" in end) == (not stays) and "stage a-long-name is finished" in written_on(console)
 
 
 def test_following_redraws_no_more_often(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
@@ -184,9 +183,7 @@ def test_following_redraws_no_more_often(tmp_path: Path, monkeypatch: MonkeyPatc
     now = [100.0]
     monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    file = io.StringIO()
-    file.isatty = lambda: True
-    micronet.follow_stages(tmp_path, Console(file=file, width=80, height=24, force_terminal=True))
+    micronet.follow_stages(tmp_path, terminal())
     assert 8 <= len(drawn) <= 12  # four times a second for two and a half, and the first and the last are rich's own
 
 
@@ -197,8 +194,7 @@ def test_what_only_looks_like_a_terminal_is_not_followed(tmp_path: Path, monkeyp
 
 
 def test_a_process_of_two_shows_what_its_own_images_come_to() -> None:
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    with micronet.Dashboard(console, KEPT) as view:
+    with micronet.Dashboard(terminal(), KEPT) as view:
         view(BEGUN)
         view.live.due = 0.0
         view(STEP._replace(epoch=3, totals=STEP.totals / 2, images=192))
@@ -218,11 +214,8 @@ def test_long_names_are_cut_and_no_line_of_a_stage_is_lost() -> None:
 
 
 def test_only_the_main_process_draws() -> None:
-    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    file.isatty = lambda: True
     for quiet, kind in ((True, micronet.Plain), (False, micronet.Dashboard)):
-        console = micronet.new_console(quiet=quiet, file=file, force_terminal=True)
-        assert type(micronet.choose_view(console, KEPT)) is kind
+        assert type(micronet.choose_view(terminal(quiet=quiet), KEPT)) is kind
 
 
 def visible(written: str) -> str:
@@ -240,20 +233,15 @@ def given_back(written: str) -> bool:
     ("error", "state"), [(None, "done"), (micronet.Stopped("told to"), "stopped"), (OSError("disk full"), "failed")]
 )
 def test_the_last_screen_says_how_it_ended_in_any_encoding(error: Exception | None, state: str) -> None:
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    file.isatty = lambda: True
-    console = micronet.new_console(file=file, width=80, height=24, force_terminal=True)
+    console = terminal(encoding="ascii")
     with suppress(micronet.Stopped, OSError), micronet.choose_view(console, KEPT) as view:
         for event in (BEGUN, *EPOCHS, STEP, *[LAST] * (error is None)):
             view(event)
         if error:
             raise error
-    file.flush()
-    written = file.buffer.getvalue().decode("ascii")
-    sign = {"done": "[+]", "stopped": "!", "failed": "x"}[state]
-    assert given_back(written) and re.search(
-        rf"{sign} {state}[| ]+{4 if error else 5}/70[| ]", visible(written).split("running")[-1]
-    )
+    written, sign = written_on(console), {"done": "[+]", "stopped": "!", "failed": "x"}[state]
+    row = rf"{sign} {state}[| ]+{4 if error else 5}/70[| ]"
+    assert given_back(written) and re.search(row, visible(written).split("running")[-1])
     assert ("stage a-long-name is finished: top-1 " in written) == (error is None)
     assert "WARNING: a note\n" in written.splitlines(keepends=True)[0]  # above the frame, for good
     last = visible(written).split("micronet: ")[-1]
@@ -280,10 +268,8 @@ def test_a_terminal_is_given_back_after_sigterm(write: Callable[..., Path], tmp_
     assert running.wait() == 143 and given_back(written) and "Traceback" not in written
     log = tmp_path / "first" / "log.jsonl"
     kept = len(log.read_text().splitlines()) if log.exists() else 0
-    assert (
-        visible(written).rstrip().splitlines()[-1]
-        == f"stage first keeps {kept} of 900 epochs; the same command goes on from there"
-    )
+    told = f"stage first keeps {kept} of 900 epochs; the same command goes on from there"
+    assert visible(written).rstrip().splitlines()[-1] == told
     assert micronet.failures(tmp_path) == {} and " ■ stopped " in visible(written.split("running")[-1])
 
 
@@ -323,11 +309,13 @@ def test_a_known_history_gives_known_cells() -> None:
     assert str(lines[3])[7:] == "┴─┴──┴─┴" and str(lines[4]).split() == ["epoch", "0", "1", "2", "3"]
     taught, trained, tested = micronet.TAUGHT, micronet.TRAINED, micronet.TESTED
     assert styles(lines[0])[7:] == [taught, trained, taught, trained, taught, trained, tested, tested]
+    alone = curve(THREE, [record(1, 50.0)], [], None, 16, 6)  # an epoch is a point, where there is room
+    assert dots(alone) == [""] * 10 + ["              ##"] * 2
 
 
 def test_training_is_dotted_and_averaged_over_a_character() -> None:
     lines = curve(THREE, [], [(0.1, 10.0), (0.11, 30.0), (0.9, 40.0)], None, 16, 6)
-    assert dots(lines)[:7] == [
+    assert dots(lines) == [
         "            # #",
         "            #",
         "        # #",
@@ -335,8 +323,8 @@ def test_training_is_dotted_and_averaged_over_a_character() -> None:
         "    # #",
         "    #",
         "  #",
+        *[""] * 5,
     ]
-    assert dots(lines)[7:] == [""] * 5
     assert [str(line)[:7].strip() for line in lines[:3]] == ["40 ┤", "20 ┤", "0 ┤"]
 
 
@@ -346,22 +334,13 @@ def test_the_legend_names_the_images() -> None:
     assert "validation top-1, %" in str(curve(stage, [record(1, 50.0)], [], None, 60, 6)[-1])
 
 
-def test_an_epoch_is_a_point_where_there_is_room() -> None:
-    assert dots(curve(THREE, [record(1, 50.0)], [], None, 16, 6)) == [""] * 10 + ["              ##"] * 2
-
-
 def test_axes_end_where_there_is_nothing_more_to_see() -> None:
     """Round labels, three or more; an epoch or two fill the width, whatever is still to come."""
     for epochs, end in ((1, 1), (2, 2), (3, 3), (4, 5), (6, 8), (9, 11), (11, 11)):
-        below = str(
-            curve(replace(B0, epochs=11), [record(n + 1, 41.0 + n) for n in range(epochs)], [], None, 80, 12)[-2]
-        ).split()
-        assert (
-            below[0] == "epoch"
-            and below[1] == "0"
-            and len(below) > 3
-            and float(below[-1]) <= end < float(below[-1]) + 2
-        )
+        history = [record(n + 1, 41.0 + n) for n in range(epochs)]
+        below = str(curve(replace(B0, epochs=11), history, [], None, 80, 12)[-2]).split()
+        assert below[:2] == ["epoch", "0"] and len(below) > 3
+        assert float(below[-1]) <= end < float(below[-1]) + 2
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(2, 12))
@@ -384,45 +363,42 @@ def test_a_curve_of_any_size_fits(width: int, epochs: int) -> None:
     assert curve(stage, history, [], TEACHER, width, 5) == []
 
 
-def test_training_is_noted_twice_an_epoch_where_there_are_a_thousand() -> None:
-    stage = replace(EXX, train_images=12_800, epochs=1000)
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
-        patch.setattr(view.live, "redraw", lambda since: None)
-        view(BEGUN._replace(stage=stage))
-        for step in range(1, 301):
-            view(Stepped(3, step, 0.1, torch.tensor([1.0, 64.0 * step]), 128 * step))
-        before = [(0.5, KEPT[1].history[0].train_top1), (1.5, KEPT[1].history[1].train_top1)]
-        assert view.training == [*before, (2.25, 50), (2.75, 50)]
+@pytest.fixture
+def view(monkeypatch: MonkeyPatch) -> Iterator[micronet.Dashboard]:
+    """A dashboard that no step has drawn again."""
+    with micronet.Dashboard(terminal(), KEPT) as view:
+        monkeypatch.setattr(view.live, "redraw", lambda since: None)
+        yield view
 
 
-def test_twenty_points_an_epoch_of_training() -> None:
+def test_training_is_noted_twice_an_epoch_where_there_are_a_thousand(view: micronet.Dashboard) -> None:
+    view(BEGUN._replace(stage=replace(EXX, train_images=12_800, epochs=1000)))
+    for step in range(1, 301):
+        view(Stepped(3, step, 0.1, torch.tensor([1.0, 64.0 * step]), 128 * step))
+    before = [(0.5, KEPT[1].history[0].train_top1), (1.5, KEPT[1].history[1].train_top1)]
+    assert view.training == [*before, (2.25, 50), (2.75, 50)]
+
+
+def test_twenty_points_an_epoch_of_training(view: micronet.Dashboard) -> None:
     """Each of what has been trained since the one before it; an epoch that ends between two redraws is one."""
-    console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
-    stage = replace(EXX, train_images=12_800)  # 300 steps an epoch
-    with MonkeyPatch.context() as patch, micronet.Dashboard(console, KEPT) as view:
-        patch.setattr(view.live, "redraw", lambda since: None)
-        view(BEGUN._replace(stage=stage, history=[]))
-        for epoch in (1, 2):
-            hits = 0.0
-            for step in range(1, 301):
-                hits += 32 * epoch if step <= 150 else 64
-                view(Stepped(epoch, step, 0.1, torch.tensor([1.0, hits]), 128 * step))
-            view(EpochDone(record(epoch, 50.0), record(1, 50.0)))
-        view(EpochDone(record(3, 50.0), record(1, 50.0)))
-        assert view.training[:20] == [pytest.approx(((n + 0.5) / 20, 25 if n < 10 else 50)) for n in range(20)]
-        assert view.training[20:40] == [pytest.approx((1 + (n + 0.5) / 20, 50)) for n in range(20)]
-        assert view.training[40:] == [(2.5, record(3, 50.0).train_top1)]
+    view(BEGUN._replace(stage=replace(EXX, train_images=12_800), history=[]))  # 300 steps an epoch
+    for epoch in (1, 2):
+        hits = 0.0
+        for step in range(1, 301):
+            hits += 32 * epoch if step <= 150 else 64
+            view(Stepped(epoch, step, 0.1, torch.tensor([1.0, hits]), 128 * step))
+        view(EpochDone(record(epoch, 50.0), record(1, 50.0)))
+    view(EpochDone(record(3, 50.0), record(1, 50.0)))
+    assert view.training[:20] == [pytest.approx(((n + 0.5) / 20, 25 if n < 10 else 50)) for n in range(20)]
+    assert view.training[20:40] == [pytest.approx((1 + (n + 0.5) / 20, 50)) for n in range(20)]
+    assert view.training[40:] == [(2.5, record(3, 50.0).train_top1)]
 
 
 def test_ascii_has_a_sign_for_everything() -> None:
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    console = micronet.new_console(file=file, width=80, height=40, force_terminal=True, color_system=None)
-    console.print(
-        micronet.stages_picture(KEPT[:2], ["trouble"], 80, 40), *map(Text, map(micronet.spark, ([0, 7], [3, 5, 8])))
-    )
-    file.flush()
-    written = file.buffer.getvalue().decode("ascii")
+    console = terminal(80, 40, "ascii", color_system=None)
+    bars = [Text(micronet.spark(values)) for values in ([0, 7], [3, 5, 8])]
+    console.print(micronet.stages_picture(KEPT[:2], ["trouble"], 80, 40), *bars)
+    written = written_on(console)
     assert "?" not in written and "+ done" in written and "! stopped" in written
     assert "|- - - - - " in written and " *-------" in written and " ........" in written
     assert " -- test top-1, %  .. training  - - teacher 81.25" in written
