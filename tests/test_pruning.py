@@ -119,14 +119,6 @@ def test_lamp_against_its_formula_in_another_order() -> None:
     assert gone.max() < left.min()  # one threshold for all layers
 
 
-def test_what_is_pruned_stays_pruned_and_ranks_lowest() -> None:
-    network = build_network("efficientnet_ex", width=0.1, depth=0.1)
-    prune(network, 0.5)
-    before = [w == 0 for w in weights_of(network)]
-    prune(network, 0.7)
-    assert all((w[b] == 0).all() for w, b in zip(weights_of(network), before))
-
-
 def test_the_share_rises_by_the_cubic_schedule() -> None:
     stage = Stage("s", network="efficientnet_ex", sparsity=0.8, prune_epochs=4, epochs=9)
     rising = [0.8 * (1 - 27 / 64), 0.8 * (1 - 8 / 64), 0.8 * (1 - 1 / 64)]
