@@ -54,12 +54,6 @@ def test_small100_has_a_fifth_of_the_operations_of_exx() -> None:
     assert 0.19 * exx < own < 0.2 * exx
 
 
-def test_a_stage_overrides_the_defaults(write: Callable[..., Path]) -> None:
-    text = '[defaults]\nepochs = 2\nscale = 3\n[stage.a]\nnetwork = "efficientnet_b0"\nepochs = 4'
-    stage = load_stages(write(text))["a"]
-    assert (stage.epochs, stage.scale, stage.batch_size) == (4, 3.0, 128)
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
 def test_schedules_against_their_formula(schedule: str) -> None:
     """Over ten epochs of ten steps; a warm-up may be a fraction of an epoch."""
