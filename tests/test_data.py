@@ -137,16 +137,12 @@ def test_mean_and_deviation_are_those_of_cifar10() -> None:
     assert (square - mean**2).sqrt().tolist() == pytest.approx(STD, abs=2e-4)
 
 
-def test_missing_or_damaged_cifar100_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cifar100_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     stage = replace(STAGE, dataset="cifar100")
-    for content in (None, b"not CIFAR-100"):
-        if content:
-            (tmp_path / "cifar-100-python").mkdir()
-            (tmp_path / "cifar-100-python" / "train").write_bytes(content)
-        with pytest.raises(micronet.Refused, match="no CIFAR100 here that matches .*no network.*name --data") as error:
-            load_images(stage, tmp_path, "train")
-        assert "\n" not in str(error.value)
+    with pytest.raises(micronet.Refused, match="no CIFAR100 here that matches .*no network.*name --data") as error:
+        load_images(stage, tmp_path, "train")
+    assert "\n" not in str(error.value)

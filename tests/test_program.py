@@ -273,13 +273,16 @@ def test_a_failed_stage_ends_the_chain_with_its_error(
 ) -> None:
     stages = write(CHAIN.replace('dataset = "synthetic"', 'dataset = "cifar100"').replace("lr =", "scale = 5\nlr ="))
     (tmp_path / "cifar-100-python").mkdir()
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    (tmp_path / "cifar-100-python" / "train").write_text("not CIFAR-100")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no download
     monkeypatch.setenv("no_proxy", "")
     chain = Chain(tmp_path, stages)
     chain.command += ["--data", str(tmp_path)]
     code, output = chain.run(capfd)
     assert code == 3 and "Traceback" not in output and output.count("error: ") == 1
+    assert "\ndownloading CIFAR100, 170 MB, from https://" in output
     assert f"error: stage first failed: {tmp_path / 'cifar-100-python'}: no CIFAR100 here" in output
+    assert "(train is damaged, test is missing, meta is missing), and the download failed" in output
     assert output.endswith("or name --data\n")  # the same command would not go on
 
 
