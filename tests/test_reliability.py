@@ -1,8 +1,6 @@
 """Nothing that was reported saved is lost, and no file is trusted: real processes, real signals, hostile input."""
 
-import errno
 import functools
-import io
 import json
 import os
 import pickle
@@ -490,15 +488,3 @@ def test_crafted_stages_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "stages.toml").unlink()
     os.mkfifo(tmp_path / "stages.toml")
     assert refused(train(tmp_path, "chain"), "stages.toml", code=2)
-
-
-def test_output_that_nobody_takes_does_not_end_a_run() -> None:
-    """A reader that went away, and a log on a full disk."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    for file, code in ((writer, errno.EPIPE), (os.open("/dev/full", os.O_WRONLY), errno.ENOSPC)):
-        with micronet.Outlet(file, "w") as outlet:
-            stream = io.TextIOWrapper(io.BufferedWriter(outlet), write_through=True)
-            micronet.say(micronet.new_console(file=stream), "what is learned matters more")
-            stream.flush()
-            assert outlet.error.errno == code
