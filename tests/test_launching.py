@@ -346,12 +346,6 @@ with micronet.pausing(child.pid):
             chain.kill()  # which may be paused
 
 
-def test_streams_that_are_no_files_do(tmp_path: Path) -> None:
-    with contextlib.redirect_stdout(io.StringIO()) as taken, pytest.raises(SystemExit):
-        micronet.app(["--version"])
-    assert taken.getvalue() == f"micronet {micronet.__version__}\n"
-
-
 def test_a_stage_in_its_first_epoch_is_shown(tmp_path: Path) -> None:
     holder = (
         f"import fcntl, time; lock = open({str(tmp_path / '.first.lock')!r}, 'w'); fcntl.lockf(lock, fcntl.LOCK_EX)"
