@@ -188,6 +188,11 @@ RAISED = """{0}Traceback (most recent call last):
 {0}    raise ValueError
 {0}{1}
 """
+NEVER_CAME = """E1129 10:00:00 x
+Traceback (most recent call last):
+  rdzv_handler.next_rendezvous()
+torch.distributed.DistStoreError: Timed out. 1/2 clients joined.
+"""  # as torch 2.15 ends on the first machine and on another
 KILLED = "a process was killed (SIGKILL), perhaps for want of memory"
 
 
@@ -200,6 +205,7 @@ KILLED = "a process was killed (SIGKILL), perhaps for want of memory"
     ([], RAISED.format("", "KeyError: 'a'") + LAUNCHERS.format("returned non-zero exit status 1"), 1, "KeyError: 'a'"),
     ([(143, "stopped")], RAISED.format("[rank1]: ", "ValueError: x") + RAISED.format("[rank0]: ", "RuntimeError: gone"),
      1, "ValueError: x"),
+    ([], NEVER_CAME, 1, "not all machines came (Timed out. 1/2 clients joined.)"),
     ([], "", 1, "ended without a word, exit code 7"),
 ])  # fmt: skip
 def test_what_went_wrong_is_told_as_what_it_was(

@@ -212,14 +212,6 @@ def test_what_fails_on_one_machine_is_raised_with_its_name_on_all(monkeypatch: p
         micronet.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
 
 
-def test_a_machine_that_never_comes_is_a_line() -> None:
-    """As torch 2.15 ends on the first machine and on another."""
-    text = "E1129 10:00:00 x\nTraceback (most recent call last):\n  rdzv_handler.next_rendezvous()\n"
-    text += "torch.distributed.DistStoreError: Timed out after 11 seconds waiting for clients. 1/2 clients joined.\n"
-    code, said = micronet.explain_failure([], text, 1)
-    assert code == 1 and said.startswith("not all machines came (Timed out after 11 seconds")
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_machine_that_never_comes_ends_the_other_in_time(rank: int, machines: list[Machine]) -> None:
