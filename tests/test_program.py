@@ -286,15 +286,9 @@ def test_a_failed_stage_ends_the_chain_with_its_error(
     assert output.endswith("or name --data\n")  # the same command would not go on
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "No such file"), ("num_processes: 0", "num_processes = 0: expected a whole number from 1"),
-])  # fmt: skip
-def test_a_bad_launch_configuration_is_one_line(
-    text: str | None, message: str, write: Callable[..., Path], tmp_path: Path
-) -> None:
-    path = write(text, "config.yaml") if text else tmp_path / "missing.yaml"
-    result = invoke("chain", "--stages", write(), "--ckpt", tmp_path, "--config-file", path)
-    assert refused(result, f"error: {path}: ", message)
+def test_a_missing_launch_configuration_is_one_line(write: Callable[..., Path], tmp_path: Path) -> None:
+    result = invoke("chain", "--stages", write(), "--ckpt", tmp_path, "--config-file", path := tmp_path / "none.yaml")
+    assert refused(result, f"error: {path}: No such file")
 
 
 ON_THE_CPU = "--cpu --num_processes 1 --mixed_precision no --dynamo_backend no"
