@@ -88,13 +88,9 @@ time.sleep(600)"""
 
 
 def test_the_environment_of_another_launch_is_not_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ROLE_NAME")
-    for name in (
-        *foreign,
-        "ACCELERATE_MIXED_PRECISION",
-        "ACCELERATE_USE_FSDP",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    ):
+    foreign = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "ROLE_NAME"}
+    foreign |= {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"}
+    for name in (*foreign, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setattr(micronet, "usable_cores", lambda: 3)
     for threads, expected in (("", "3"), ("4,2", "4"), (" 5 ", "5")):
@@ -102,8 +98,7 @@ def test_the_environment_of_another_launch_is_not_this_ones(monkeypatch: pytest.
         launch = micronet.plan_launch(ROOT / "accelerate_config.yaml", micronet.new_console(quiet=True))
         assert launch.environment["OMP_NUM_THREADS"] == expected
     kept = {name for name, value in launch.environment.items() if value == "2"}
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in kept
-    assert not kept & {*foreign, "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"}
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in kept and not kept & foreign
     for threads in ("two", "0", "-1", "1.5"):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         with pytest.raises(micronet.Misconfigured, match=f'OMP_NUM_THREADS = "{threads}": expected'):
@@ -144,9 +139,8 @@ def test_a_chain_nobody_reads_in_a_folder_of_traps(tmp_path: Path) -> None:
     shell = ["sh", "-c", 'exec "$@" >/dev/full 2>&-', "sh", *command]
     result = subprocess.run(shell, cwd=tmp_path, env=WIDE | {"OMP_DISPLAY_ENV": "true", "RANK": "3", "WORLD_SIZE": "4"})
     assert result.returncode == 0
-    assert sorted(path.name for path in (tmp_path / where / "first").iterdir()) == [
-        "best.safetensors", "last.safetensors", "log.jsonl",
-    ]  # fmt: skip
+    kept = {path.name for path in (tmp_path / where / "first").iterdir()}
+    assert kept == {"best.safetensors", "last.safetensors", "log.jsonl"}
     assert micronet.read_metadata(tmp_path / where / "first" / "last.safetensors").facts.threads == 1
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(ROOT / "micronet.py"), "show", "--ckpt", str(tmp_path / where)]
@@ -353,10 +347,9 @@ with micronet.pausing(child.pid):
 
 
 def test_a_stage_in_its_first_epoch_is_shown(tmp_path: Path) -> None:
-    holder = (
-        f"import fcntl, time; lock = open({str(tmp_path / '.first.lock')!r}, 'w'); fcntl.lockf(lock, fcntl.LOCK_EX)"
-    )
-    with subprocess.Popen([sys.executable, "-c", holder + "; print(flush=True); time.sleep(60)"], stdout=-1) as process:
+    holder = f"import fcntl, time; lock = open({str(tmp_path / '.first.lock')!r}, 'w'); "
+    holder += "fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         (tmp_path / ".second.lock").touch()
         shown = invoke("show", "--ckpt", tmp_path).output

@@ -111,13 +111,11 @@ def test_cosines_are_cosines() -> None:
 
 
 def test_channels_last_all_the_way() -> None:
-    network, last = build_network("efficientnet_ex", width=0.25, depth=0.25), []
+    network, last, form = build_network("efficientnet_ex", width=0.25, depth=0.25), [], torch.channels_last
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            module.register_forward_hook(
-                lambda m, x, y: last.append(y.is_contiguous(memory_format=torch.channels_last))
-            )
-    network(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+            module.register_forward_hook(lambda m, x, y: last.append(y.is_contiguous(memory_format=form)))
+    network(torch.randn(2, 3, 32, 32).contiguous(memory_format=form))
     assert last and all(last)
 
 

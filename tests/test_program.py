@@ -126,9 +126,7 @@ def test_a_chain_that_is_stopped_and_killed_ends_as_if_it_had_not_been(
     chain.wait_for_epoch("second", kept + 1)
     family = {process: os.getpgid(process) for process in chain.processes()}
     running.kill()
-    assert [process for process in family if family[process] == running.pid] == [
-        running.pid
-    ]  # a Ctrl-C is for it alone
+    assert [*family.values()].count(running.pid) == 1 and family[running.pid] == running.pid  # a Ctrl-C is for it alone
     output, _ = running.communicate(timeout=30)
     chain.wait_for_end(10)
     assert f"goes on after epoch {kept} of 12" in output and kept < chain.epochs("second") < 12
@@ -178,9 +176,8 @@ def test_two_processes_survive_the_loss_of_one_and_a_stop(
 
     code, output = other.run(capfd)
     assert code == 0, output
-    disturbed, two, one = (
-        read_metadata(folder / "second" / "last.safetensors") for folder in (chain.ckpt, other.ckpt, straight)
-    )
+    lasts = [folder / "second" / "last.safetensors" for folder in (chain.ckpt, other.ckpt, straight)]
+    disturbed, two, one = map(read_metadata, lasts)
     assert two.facts.processes == 2 and len(two.history) == 12 and kept + 2 <= later
     assert [record[:-2] for record in disturbed.history] == [record[:-2] for record in two.history[:later]]
     # The same images and rates as one process, and nearly the same loss: batch norm sees half the batch.
@@ -456,9 +453,8 @@ def test_a_chain_trains_named_stages_anew(
     assert ["first", "b0", "-", "nothing", "3/3"] in lines and ["second", "ex", "first", "train", "0/3"] in lines
     before = (tmp_path / "ckpt" / "first" / "last.safetensors").stat()
     monkeypatch.setattr(micronet, "plan_launch", lambda *_: None)
-    monkeypatch.setattr(
-        micronet, "launch_stage", lambda _, stage, options, *rest: invoke("run-stage", stage.name, *options)
-    )
+    run = lambda _, stage, options, *rest: invoke("run-stage", stage.name, *options)  # noqa: E731
+    monkeypatch.setattr(micronet, "launch_stage", run)
     code, output = chain.run(capfd)
     assert code == 0 and f"{tmp_path / 'ckpt' / 'second'} is now {tmp_path / 'ckpt' / 'second.old1'}" in output
     assert (tmp_path / "ckpt" / "first" / "last.safetensors").stat() == before

@@ -148,9 +148,8 @@ def test_a_pruned_stage_ends_at_its_sparsity_and_starts_from_another(sparse: Pat
 
 def test_weights_come_from_the_start(trained: Path, tmp_path: Path) -> None:
     """With a rate of next to nothing the network stays the one that it started from, its statistics made anew."""
-    (tmp_path / "stages.toml").write_text(
-        TINY.replace("[[2, 0.02], [3, 0.002]]", "[[3, 1e-30]]") + '[stage.third]\nnetwork = "ex"\nstart = "second"\n'
-    )
+    third = '[stage.third]\nnetwork = "ex"\nstart = "second"\n'
+    (tmp_path / "stages.toml").write_text(TINY.replace("[[2, 0.02], [3, 0.002]]", "[[3, 1e-30]]") + third)
     shutil.copytree(trained / "ckpt", tmp_path / "ckpt")
     result = invoke("run-stage", "third", "--stages", tmp_path / "stages.toml", "--ckpt", tmp_path / "ckpt")
     assert result.exit_code == 0, result.output

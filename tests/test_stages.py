@@ -57,9 +57,7 @@ def test_small100_has_a_fifth_of_the_operations_of_exx() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
 def test_schedules_against_their_formula(schedule: str) -> None:
     """Over ten epochs of ten steps; a warm-up may be a fraction of an epoch."""
-    stage = Stage(
-        "s", network="efficientnet_b0", dataset="synthetic", train_images=100, views=("jitter",), batch_size=10
-    )
+    stage = Stage("s", network="b0", dataset="synthetic", train_images=100, views=("jitter",), batch_size=10)
     stage = replace(stage, epochs=10, lr=Schedule(schedule, 0.2, 2))
     rates = [learning_rate(stage, step) for step in range(100)]
     assert rates[:20] == pytest.approx([0.01 * (step + 1) for step in range(20)])

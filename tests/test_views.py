@@ -456,9 +456,8 @@ def test_the_picture_of_what_is_kept() -> None:
         assert "\x1b" not in escaped and "?[2J" in escaped
         assert "│ b0 failed: no room" in text and ("│ a-long-name: 1,002 images/s, " in text) == (height > 12)
         assert "b0: 1,003" not in text
-        many = [
-            replace(KEPT[0], stage=replace(B0, name=f"s{i}"), state="running" if i == 3 else "done") for i in range(29)
-        ]
+        many = [replace(KEPT[0], stage=replace(B0, name=f"s{i}")) for i in range(29)]
+        many[3] = replace(many[3], state="running")
         text = "".join(drawn(micronet.stages_picture(many, ["no room"], width, height), width))
         assert "► running" in text and "│ no room" in text and ("│ s3: 1,003" in text) == (height > 12)
         pictures = ([replace(KEPT[0], state="running"), KEPT[1]], []), (KEPT[:2], 99 * ["no room"])
