@@ -187,12 +187,6 @@ def test_following_redraws_no_more_often(tmp_path: Path, monkeypatch: MonkeyPatc
     assert 8 <= len(drawn) <= 12  # four times a second for two and a half, and the first and the last are rich's own
 
 
-def test_what_only_looks_like_a_terminal_is_not_followed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with pytest.raises(micronet.Misconfigured, match="--follow: standard output is no terminal"):
-        micronet.follow_stages(tmp_path, Console(file=io.StringIO()))
-
-
 def test_a_process_of_two_shows_what_its_own_images_come_to() -> None:
     with micronet.Dashboard(terminal(), KEPT) as view:
         view(BEGUN)
