@@ -12,21 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, invoke, refused
-from test_program import Chain, of_epochs
+from test_program import TWO_PROCESSES, Chain, of_epochs
 from test_training import same_training
 
 import micronet
 
-CLUSTER = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_CPU
-mixed_precision: "no"
-use_cpu: true
-num_machines: {machines}
-num_processes: 2
-main_process_ip: {address}
-main_process_port: {port}
-"""
+CLUSTER = TWO_PROCESSES.replace("machines: 1", "machines: {machines}").replace("port: 0", "port: {port}")
+CLUSTER += "main_process_ip: {address}\n"
 STORY = of_epochs(5).replace("[stage.first]", "[stage.first]\nepochs = 1")
 
 
@@ -73,8 +65,7 @@ def ended(running: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of the chain as two processes of one machine train it."""
     machine = Machine(tmp_path_factory.mktemp("one") / "machine", 0, 0)
-    config = machine.ckpt.parent / "cluster.yaml"
-    config.write_text(CLUSTER.format(machines=1, address="127.0.0.1", port=0))
+    (machine.ckpt.parent / "cluster.yaml").write_text(TWO_PROCESSES)
     code, output = ended([machine.start()])
     assert code == [0], output
     return machine.ckpt
