@@ -307,12 +307,8 @@ def not_imported(path: Path, message: str, alone: bool = False) -> None:
 
 NAME, BIAS = "classifier.0.bias", torch.ones(200)
 OTHERS = {  # what an exx has in the place of that bias, or beside it, and what is said of it
-    "nan": ({NAME: BIAS * float("nan")}, "embedding.bias is not finite"),
     "infinite once it is float32": ({NAME: BIAS.double() * 1e300}, "embedding.bias is not finite"),
-    "long": ({NAME: BIAS.long()}, "embedding.bias has type torch.int64 where torch.float32 is expected"),
     "huge": ({NAME: torch.ones(1).expand(10**12)}, "expected a dict of dense tensors of floats"),
-    "of another shape": ({NAME: torch.ones(1, 200)}, "embedding.bias has shape (1, 200) where (200,) is expected"),
-    "missing": ({NAME: None}, "embedding.bias is missing"),
     "extra": ({"extra": BIAS}, '"extra" is not in this network'),
 }
 
@@ -320,8 +316,7 @@ OTHERS = {  # what an exx has in the place of that bias, or beside it, and what 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_another_networks_weights_are_refused(kind: str, published_exx: Published, tmp_path: Path) -> None:
     change, message = OTHERS[kind]
-    state = {name: tensor for name, tensor in (published_exx[1] | change).items() if tensor is not None}
-    torch.save(state, tmp_path / "x.pytar", _use_new_zipfile_serialization=kind != "huge")
+    torch.save(published_exx[1] | change, tmp_path / "x.pytar", _use_new_zipfile_serialization=kind != "huge")
     not_imported(tmp_path / "x.pytar", message)
 
 

@@ -342,8 +342,8 @@ def test_other_tensors_than_the_networks_are_refused(undisturbed: Path, tmp_path
     for changes, message in (
         ({"cosine.kernel": None}, "cosine.kernel is missing"),
         ({"evil\x1b[31m": kernel + 1}, "evil?[31m is not in this network"),
-        ({"cosine.kernel": kernel[:, :-1]}, "cosine.kernel has shape"),
-        ({"cosine.kernel": kernel.int()}, "cosine.kernel has type"),
+        ({"cosine.kernel": kernel[:, :-1]}, "cosine.kernel has shape (200, 9) where (200, 10) is expected"),
+        ({"cosine.kernel": kernel.long()}, "cosine.kernel has type torch.int64 where torch.float32 is expected"),
         ({"cosine.kernel": kernel / 0}, "cosine.kernel is not finite"),
     ):
         changed = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
@@ -485,6 +485,3 @@ def test_crafted_stages_are_one_line(tmp_path: Path) -> None:
     deep, wide, other = "a = " + "[" * 60_000, ".".join("a" * 50_000) + " = 1", "stage." + "a." * 30_000 + "b = 1"
     for text in (deep, wide, other, "x = 1\n" * 100_000, "[stage.a]\nepochs = " + "9" * 5000, "[stage.'']"):
         check_stages(tmp_path / "stages.toml", text.encode(), accepted=False)
-    (tmp_path / "stages.toml").unlink()
-    os.mkfifo(tmp_path / "stages.toml")
-    assert refused(train(tmp_path, "chain"), "stages.toml", code=2)
