@@ -2370,7 +2370,7 @@ def check_room(folder: Path, network: nn.Module, anew: bool) -> list[str]:
 
 def set_aside(folder: Path) -> Path | None:
     """Rename a stage's folder so that the stage starts anew; return its new place, or None if there was nothing."""
-    if not folder.exists():
+    if not any(folder.glob("*")):
         return None
     places = (folder.with_name(f"{folder.name}.old{n}") for n in itertools.count(1))
     return folder.rename(next(place for place in places if not place.exists()))
@@ -4580,7 +4580,7 @@ def in_a_line(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Itera
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is the latter, as is what the CPU's says
-        if re.search("out of memory|allocate memory|bad_alloc", f"{error!r}") or type(error) is MemoryError:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|bad_alloc", f"{error!r}"):
             words = f"out of memory with batch_size = {stage.batch_size}: lower it, or use more processes"
             raise Failure(f"stage {stage.name}: {words}") from None
         time.sleep(1)  # until the signal that has stopped the other process a step earlier is here, too

@@ -231,6 +231,7 @@ def test_a_traceback_is_kept_and_told_in_a_line(tmp_path: Path, capfd: pytest.Ca
     (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory with batch_size = 128"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory with batch_size = 128"),
     (MemoryError(), "out of memory with batch_size = 128"),
+    (type("Numpys", (MemoryError,), {})("Unable to allocate 9 EiB"), "out of memory with batch_size = 128"),
 ])  # fmt: skip
 def test_want_of_memory_names_the_batch_size(error: Exception, told: str) -> None:
     training = micronet.Stage("first", network="efficientnet_b0"), micronet.StopRequest(), lambda: 0

@@ -191,6 +191,8 @@ def test_a_stage_is_not_trained_over_what_it_cannot_go_on_from(trouble: str, hal
         assert refused(train(half, *command), *words, "--restart")
     assert f"{folder} is now {folder}.old1" in train(half, "first", "--restart").output and last.exists()
     assert {path.name: path.read_bytes() for path in (half / "first.old1").iterdir()} == before
+    shutil.rmtree(folder)  # there is nothing to move
+    assert " is now " not in train(half, "first", "--restart").output and not (half / "first.old2").exists()
 
 
 @pytest.mark.parametrize("damage", ["flip", "another stage's", "gone"])
