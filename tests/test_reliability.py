@@ -487,3 +487,6 @@ def test_crafted_stages_are_one_line(tmp_path: Path) -> None:
     deep, wide, other = "a = " + "[" * 60_000, ".".join("a" * 50_000) + " = 1", "stage." + "a." * 30_000 + "b = 1"
     for text in (deep, wide, other, "x = 1\n" * 100_000, "[stage.a]\nepochs = " + "9" * 5000, "[stage.'']"):
         check_stages(tmp_path / "stages.toml", text.encode(), accepted=False)
+    (tmp_path / "stages.toml").unlink()
+    os.mkfifo(tmp_path / "stages.toml")
+    assert refused(train(tmp_path, "chain"), "stages.toml", code=2)
