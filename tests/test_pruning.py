@@ -177,7 +177,7 @@ def test_a_folded_classifier_answers_in_cosines(trained: Path) -> None:
 
 
 def test_a_start_is_refused_as_a_teacher_is(sparse: Path, tmp_path: Path) -> None:
-    """An export, a stage that is not finished, the stage's own file, a file of another width."""
+    """An export, a stage that is not finished, a file of another width, none: a chain says so before it trains."""
     ckpt = shutil.copytree(sparse / "ckpt", tmp_path / "ckpt")
     invoke("export", ckpt / "second", tmp_path / "out.safetensors", "--data", tmp_path)
     shutil.copy(ckpt / "second" / "previous.safetensors", ckpt / "second" / "last.safetensors")
@@ -192,8 +192,9 @@ def test_a_start_is_refused_as_a_teacher_is(sparse: Path, tmp_path: Path) -> Non
         text = PRUNED + f'[stage.own]\nnetwork = "ex"\nstart = "{start}"\nsparsity = 0.6\nwidth = {width}\n'
         (tmp_path / "stages.toml").write_text(text)
         shutil.rmtree(ckpt / "own", ignore_errors=True)
-        result = invoke("run-stage", "own", "--stages", tmp_path / "stages.toml", "--ckpt", ckpt)
-        assert refused(result, words, code=code)
+        for command in ["run-stage"] if start == "second" else ["run-stage", "chain --dry-run"]:
+            result = invoke(*command.split(), "own", "--stages", tmp_path / "stages.toml", "--ckpt", ckpt)
+            assert refused(result, words, code=code)
 
 
 def test_a_start_that_the_stage_does_not_name_contradicts(sparse: Path) -> None:
