@@ -2182,8 +2182,8 @@ def is_extension(name: str, kept: Stage, stage: Stage, done: int) -> bool:
     return all(learning_rate(kept, step) == learning_rate(stage, step) for step in steps)
 
 
-def find_parent(stage: Stage, role: str, ckpt: Path) -> tuple[Path, Metadata]:
-    """Return where a stage's teacher or start is kept and what explains it; raises Failure if it is not ready."""
+def find_parent(stage: Stage, role: str, ckpt: Path) -> Path:
+    """Return where a stage's teacher or start is kept; raises Failure if it is not ready."""
     name = stage.parents[role]
     path, named = parent_path(name, ckpt), not is_path(name)
     state = find_state(path.parent)
@@ -2203,7 +2203,7 @@ def find_parent(stage: Stage, role: str, ckpt: Path) -> tuple[Path, Metadata]:
         what, own, found = different
         less = " or less" if what == "sparsity" else ""
         raise Refused(f"{path}: {what} = {shown(found)}: expected {shown(own)}{less}, as stage {stage.name} has it")
-    return path, about
+    return path
 
 
 def check_best(path: Path, state: Metadata, whole: bool = False) -> tuple[dict[str, Tensor], Metadata]:
@@ -3467,7 +3467,7 @@ def load_parent(stage: Stage, role: str, ckpt: Path, state: State | None) -> tup
     began = state.metadata.parents.get(role) if state else None
     if role not in stage.parents or (began and role == "start"):
         return None, began
-    path, _ = find_parent(stage, role, ckpt)
+    path = find_parent(stage, role, ckpt)
     tensors, about = load_checkpoint(path)
     parent = Parent(stage.parents[role], about.stage.name, about.tensors, about.tested)
     if began and began.identity != parent.identity:

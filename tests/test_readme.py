@@ -168,10 +168,11 @@ def test_the_published_teacher_is_the_network_of_its_row_and_can_teach(tmp_path:
     assert row.split(" | ")[4] == f"{about.tested.top1:.2f}" and about.epoch == about.last.epoch
     (start,) = re.findall(r'`start = "(.*?)"`', README)
     pruned = load_stages(ROOT / "pruned.toml")["s80"]
-    assert pruned.start == start and find_parent(pruned, "start", tmp_path)[1].stage.name == "plain"
+    assert pruned.start == start and read_metadata(find_parent(pruned, "start", tmp_path)).stage.name == "plain"
     stages = (ROOT / "night.toml").read_text().replace("[stage.half]", f'[stage.half]\nteacher = "{ROOT / path}"')
     (tmp_path / "stages.toml").write_text(stages)
-    assert find_parent(load_stages(tmp_path / "stages.toml")["half"], "teacher", tmp_path)[1] == about
+    half = load_stages(tmp_path / "stages.toml")["half"]
+    assert find_parent(half, "teacher", tmp_path) == ROOT / path / "best.safetensors"
 
 
 def test_the_published_teacher_for_cifar_100_is_as_readme_says() -> None:
