@@ -2370,7 +2370,9 @@ def check_room(folder: Path, network: nn.Module, anew: bool) -> list[str]:
 
 def set_aside(folder: Path) -> Path | None:
     """Rename a stage's folder so that the stage starts anew; return its new place, or None if there was nothing."""
-    if not any(folder.glob("*")):
+    with suppress(OSError):
+        folder.rmdir()  # an empty one
+    if not folder.exists():
         return None
     places = (folder.with_name(f"{folder.name}.old{n}") for n in itertools.count(1))
     return folder.rename(next(place for place in places if not place.exists()))

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -60,8 +60,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Let every test open an accelerator of its own, whatever its fixtures have opened."""
+def fresh_accelerate() -> Iterator[None]:
+    """Let every test open an accelerator of its own, whatever its fixtures have opened, and leave none to others'."""
+    reset_accelerate()
+    yield
     reset_accelerate()
 
 

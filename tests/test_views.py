@@ -523,7 +523,8 @@ def test_a_damaged_stage_hides_no_other(damage: str, trained: Path, tmp_path: Pa
     (["--ckpt", "missing"], "missing: no such folder"), (["--follow", "--ckpt", "."], "--follow: standard output"),
     (["--follow", "--json", "--ckpt", "."], "--follow: keeps drawing"),
 ])  # fmt: skip
-def test_show_refuses_in_one_line(arguments: list[str], message: str) -> None:
+def test_show_refuses_in_one_line(arguments: list[str], message: str, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes no terminal to follow on
     assert refused(invoke("show", *arguments), message)
 
 
