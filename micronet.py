@@ -2073,6 +2073,8 @@ def kept_state(stage: Stage, ckpt: Path, whole: bool = False) -> State | None:
     folder = ckpt / stage.name
     if state := find_state(folder, whole):
         check_unchanged(stage, ckpt, state)
+    elif os.path.lexists(folder) and not folder.is_dir():
+        raise Refused(f"{folder}: not a folder: move it elsewhere")
     elif found := sorted(path.name for path in folder.glob("*.safetensors")):
         raise Refused(
             f"{folder}: holds {', '.join(found)} and no state that explains it: move it elsewhere, or have "
@@ -2361,7 +2363,8 @@ def check_room(folder: Path, network: nn.Module, anew: bool) -> list[str]:
     size = sum(t.numel() * t.itemsize for t in network.state_dict().values())
     files = () if anew else (*last_paths(folder), best_path(folder))
     kept = sum(path.stat().st_size for path in files if path.exists())
-    needed, disk = 8 * size - kept, shutil.disk_usage(folder)  # the state three times while one is replaced, best twice
+    disk = shutil.disk_usage(folder.parent if anew else folder)  # which may be a link, and is moved aside then
+    needed = 8 * size - kept  # the state three times while one is replaced, best twice
     if disk.free < needed and disk.total > 0:  # a file system that says 0 does not know
         raise Unwritable(f"{folder}: {disk.free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed")
     lost = f"WARNING: {folder}: this file system cannot put names on the disk: a power cut may take the last epoch back"
@@ -4789,8 +4792,10 @@ def plan_launch(config_file: Path, console: Console, machine: Machine = Machine(
 
 def all_aside(stages: list[Stage], ckpt: Path, console: Console) -> None:
     """Move what stages have kept aside, and say where to; raises Locked."""
-    for stage in stages:
-        with locked(stage, ckpt):
+    with ExitStack() as stack:
+        for stage in stages:  # before one of them moves
+            stack.enter_context(locked(stage, ckpt))
+        for stage in stages:
             if aside := set_aside(ckpt / stage.name):
                 say(console, f"{ckpt / stage.name} is now {aside}")
 
@@ -4812,7 +4817,8 @@ def launch_stage(launch: Launch, stage: Stage, options: list[str], ckpt: Path, s
     ours = (code, reason) in said
     if not ours:
         reason += write_error_log(ckpt / stage.name / "error.log", trouble)
-    failure = f"stage {stage.name} failed: {reason.removeprefix(f'stage {stage.name}: ')}"
+    failed = " failed" * (code != Locked.exit_code)  # as another process trains it
+    failure = f"stage {stage.name}{failed}: {reason.removeprefix(f'stage {stage.name}: ')}"
     met_again = [kind.exit_code for kind in (Failure, Misconfigured, Refused, NotFinite, Locked)]
     if not ours or code not in met_again:
         failure += f"; {resumption(stage, len(kept.history), stop.anew)}"

@@ -223,8 +223,11 @@ def test_a_traceback_is_kept_and_told_in_a_line(tmp_path: Path, capfd: pytest.Ca
     assert told.startswith(f"stage first failed: IndexError: list index out of range (all of it in {log}); stage first")
     assert log.read_text().startswith("Traceback (most recent call last):\n")
     assert capfd.readouterr().err == "a library\n"
-    told = launch("import sys; print('error 4: stage first: nan in epoch 1', file=sys.stderr); sys.exit(1)", tmp_path)
+    failing = "import sys; print('error {}', file=sys.stderr); sys.exit(1)"
+    told = launch(failing.format("4: stage first: nan in epoch 1"), tmp_path)
     assert told == "stage first failed: nan in epoch 1"  # which the same command would meet again
+    told = launch(failing.format("75: stage first: process 7 trains it"), tmp_path)
+    assert told == "stage first: process 7 trains it"  # and it has not failed
 
 
 @pytest.mark.parametrize(("error", "told"), [

@@ -193,6 +193,9 @@ def test_a_stage_is_not_trained_over_what_it_cannot_go_on_from(trouble: str, hal
     assert {path.name: path.read_bytes() for path in (half / "first.old1").iterdir()} == before
     shutil.rmtree(folder)  # there is nothing to move
     assert " is now " not in train(half, "first", "--restart").output and not (half / "first.old2").exists()
+    shutil.rmtree(folder)
+    folder.symlink_to("nowhere")
+    assert refused(train(half, "chain", "--dry-run"), f"{folder}: not a folder", code=3)
 
 
 @pytest.mark.parametrize("damage", ["flip", "another stage's", "gone"])
@@ -246,7 +249,7 @@ def test_what_a_run_has_left_is_tidied(stopped_at: Callable[[int], Path]) -> Non
 
 
 def test_a_restart_that_cannot_begin_moves_nothing(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, (path != half) << 40, 1))
     assert refused(train(half, "first", "--restart"), f"error: {half}/first: 0 MiB free, ", code=5)
     assert (half / "first" / "last.safetensors").exists() and not (half / "first.old1").exists()
 
@@ -267,21 +270,25 @@ def test_a_full_disk(half: Path, undisturbed: Path) -> None:
 
 
 def test_one_stage_has_one_trainer(half: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it trains, `show` says so, which does not take its lock, and another process is refused."""
-    others = []
+    """While it trains, `show` says so, which does not take its lock, and others are refused, and move nothing aside."""
+    others, where = [], ["--stages", half / "stages.toml"]
+    (half / "second").mkdir()
+    (half / "second" / "note").touch()
 
     def interrupted(*arguments: object) -> torch.Tensor:
         if not others:
-            for command in (["show", "--json"], ["run-stage", "first", "--stages", half / "stages.toml"]):
+            for command in (["show", "--json"], ["run-stage", "first"], ["chain", "second", "first", "--restart"]):
+                command += where if command[0] != "show" else []
                 others.append(program(*command, "--ckpt", half))
         return evaluate(*arguments)
 
     monkeypatch.setattr(micronet, "evaluate", interrupted)
     assert train(half).exit_code == 0 and same_as(half, undisturbed)
-    shown, other = others
+    shown, *refusals = others
     assert json.loads(shown.stdout)[0]["state"] == "running" and not micronet.is_locked("first", half)
     words = f"error: stage first: process {os.getpid()} on {platform.node()} trains it in {half}\n"
-    assert (other.returncode, other.stdout, other.stderr) == (75, "", words)
+    assert [(other.returncode, other.stderr) for other in refusals] == [(75, words)] * 2 and not refusals[0].stdout
+    assert (half / "second" / "note").exists()
 
 
 # ------------------------------------------------------------------------------------------------- hostile checkpoints
