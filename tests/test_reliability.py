@@ -249,7 +249,7 @@ def test_what_a_run_has_left_is_tidied(stopped_at: Callable[[int], Path]) -> Non
 
 
 def test_a_restart_that_cannot_begin_moves_nothing(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, (path != half) << 40, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 0, (path != half) << 40))
     assert refused(train(half, "first", "--restart"), f"error: {half}/first: 0 MiB free, ", code=5)
     assert (half / "first" / "last.safetensors").exists() and not (half / "first.old1").exists()
 
