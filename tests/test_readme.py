@@ -183,7 +183,7 @@ def test_the_published_teacher_for_cifar_100_is_as_readme_says() -> None:
     path = ROOT / "ckpt" / "published" / "small100" / "b0"
     about = read_metadata(path)
     folded = total_cost(layer_costs(fold_network(load_network(path)), "official").values())
-    sentence = r"`ckpt/published/small100/b0`: a b0 with ([\d,]+) parameters, ([\d,]+) MACs and\s+([\d.]+) %"
+    sentence = r"`ckpt/published/small100/b0`, ([\d,]+) parameters, ([\d,]+) MACs,\s+([\d.]+) %"
     (said,) = re.findall(sentence, README)
     assert said == (f"{folded.params:,}", f"{folded.flops:,}", f"{about.tested.top1:.2f}")
     assert about.stage == load_stages(ROOT / "small100.toml")["b0"] and about.epoch == about.last.epoch
