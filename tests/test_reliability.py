@@ -147,7 +147,8 @@ def test_whatever_is_killed_ends_with_the_same_bits(
             if running.returncode == 0:
                 break
         assert all(same_as(chain.ckpt, undisturbed, name) for name in names)
-        assert {path.name for path in chain.ckpt.glob("*/*")} == {path.name for path in undisturbed.glob("first/*")}
+        left_over = {path.name for path in chain.ckpt.glob("*/*")} - {"error.log"}  # of what was killed
+        assert left_over == {path.name for path in undisturbed.glob("first/*")}
         rounds += 1
     print(f"{killed} kills in {rounds} rounds")
 
