@@ -1,7 +1,9 @@
 """Shared fixtures. The thread count is pinned before torch starts: it decides bits, and two cores are shared."""
 
 import os
+import signal
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and the program lets it be
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TERM"] = "xterm-256color"
 for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):  # what rich heeds
