@@ -4538,7 +4538,7 @@ def train_and_keep(stage: Stage, data: Path, ckpt: Path, accelerator: Accelerato
     check_alike({f"stage {stage.name}": stage, "micronet.py": own_file, "torch": torch.__version__})
     held: list[Callable[[Metadata | None], None]] = []  # in the main process, what tells whether the lock is
     history: Collection[Record] = ()
-    with ExitStack() as stack, in_a_line(stage, stop, lambda: len(history)):
+    with ExitStack() as stack, training_failures(stage, stop, lambda: len(history)):
         main(lambda: held.append(stack.enter_context(locked(stage, ckpt))))
         state = main(lambda: None if restart else kept_state(stage, ckpt, whole=True))
         history = state.metadata.history if state else ()
@@ -4577,7 +4577,7 @@ def open_trackers(stage: Stage, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def in_a_line(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
+def training_failures(stage: Stage, stop: StopRequest, done: Callable[[], int]) -> Iterator[None]:
     """Say in one line that memory does not suffice, on a GPU or a CPU, or that another process is gone.
 
     Of the latter collective operations fail. Raises Failure or Stopped.

@@ -238,9 +238,9 @@ def test_a_traceback_is_kept_and_told_in_a_line(tmp_path: Path, capfd: pytest.Ca
 ])  # fmt: skip
 def test_want_of_memory_names_the_batch_size(error: Exception, told: str) -> None:
     training = micronet.Stage("first", network="efficientnet_b0"), micronet.StopRequest(), lambda: 0
-    with pytest.raises(micronet.Failure, match=told), micronet.in_a_line(*training):
+    with pytest.raises(micronet.Failure, match=told), micronet.training_failures(*training):
         raise error
-    with pytest.raises(RuntimeError, match="another"), micronet.in_a_line(*training):
+    with pytest.raises(RuntimeError, match="another"), micronet.training_failures(*training):
         raise RuntimeError("another")
 
 
