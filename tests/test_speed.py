@@ -1,5 +1,6 @@
 """Speed: what is measured adds up, and the fast trainer computes what the plain one does."""
 
+import copy
 import ctypes
 import itertools
 import json
@@ -57,6 +58,24 @@ def test_twenty_steps_follow_the_plain_trainer(taught: bool, plain: ModuleType) 
     totals = [float(event.totals[0]) / images for event in itertools.islice(stepped, steps)]
     losses = [b - a for a, b in itertools.pairwise([0.0, *totals])]
     assert len(losses) == steps and losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_teacher_works_in_place_and_answers_with_the_same_bits() -> None:
+    """As the network that it is made of, its batch norms folded; the images stay as they are."""
+    network = build_network("efficientnet_b0", 100, 0.2, 0.2)
+    folded = micronet.fold_batch_norms(copy.deepcopy(network))
+    teacher = micronet.place_teacher(network, micronet.open_accelerator())
+    maps = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    before = maps.clone()
+    with torch.no_grad():
+        assert torch.equal(teacher(maps), folded(maps)) and torch.equal(maps, before)
+        for layer, ours in zip(teacher.modules(), folded.modules()):
+            if isinstance(layer, nn.SiLU):
+                assert layer(maps) is maps
+            if isinstance(layer, micronet.SqueezeExcitation):
+                inside = torch.randn(2, layer[1].in_channels, 4, 4)
+                expected = ours(inside.clone())
+                assert layer(inside) is inside and torch.equal(inside, expected)
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
