@@ -4,8 +4,10 @@ import copy
 import ctypes
 import itertools
 import json
+import platform
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import build_network, invoke, load_script
+from conftest import ROOT, build_network, invoke, load_script
 from test_training import same_training
 from torch import nn
 
@@ -79,10 +81,26 @@ def test_a_teacher_works_in_place_and_answers_with_the_same_bits() -> None:
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+MODE = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
+
+
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.35"), reason="no such setting of glibc")
+@pytest.mark.skipif("[madvise]" not in MODE, reason="the kernel gives huge pages to all or to none")
+def test_a_launched_process_asks_for_huge_pages() -> None:
+    """As /proc has it: "hg" among the flags of the heap, which the kernel may then map in huge pages."""
+    program = "import micronet, torch; micronet.keep_freed_memory(); maps = torch.ones(2**24)\n"
+    program += "print(open('/proc/self/smaps').read().split('[heap]')[1].split('VmFlags:')[1].split('\\n')[0])"
+    launch = micronet.plan_launch(ROOT / "accelerate_config.yaml", micronet.new_console(quiet=True))
+    asked = []
+    for environment in (launch.environment, {**launch.environment, "GLIBC_TUNABLES": ""}):
+        command = [sys.executable, "-c", program]
+        flags = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        asked.append("hg" in flags.split())
+    assert asked == [True, False]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-@pytest.mark.skipif(HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text(), reason="huge pages hide the faults")
+@pytest.mark.skipif("[always]" in MODE, reason="huge pages hide the faults")
 def test_a_command_that_computes_keeps_freed_memory() -> None:
     """Without that, every one of these tensors would be faulted in anew: 16,384 pages each."""
     assert invoke("evaluate", "missing.safetensors").exit_code == 3
