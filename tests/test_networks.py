@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import efficientnet_b0
 
 from micronet import (
-    Conv2dSame, Cosine, GlobalAverage, MBConv, initialize, margin_loss, refined_loss, scaled_channels,
+    Conv2dSame, Cosine, GlobalAverage, MBConv, WideDepthwise, initialize, margin_loss, refined_loss, scaled_channels,
 )  # fmt: skip
 
 
@@ -78,6 +78,15 @@ def test_wide_depthwise_weights_have_their_own_gradient_on_a_cpu() -> None:
     assert layer.weight.grad.abs().sum() > 0
     exported = torch.export.export(Conv2dSame(16, 16, 5, 2, 16).eval(), (x,))
     assert sum(n.target is torch.ops.aten.conv2d.default for n in exported.graph.nodes) == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(7, 7), (8, 5), (5, 8), (2, 2)])
+def test_the_gradient_of_wide_weights_is_right_for_maps_of_any_size(size: tuple[int, int], stride: int) -> None:
+    """By finite differences in float64, of maps and weights."""
+    maps, weights = torch.randn(2, 3, *size, dtype=torch.double), torch.randn(3, 1, 5, 5, dtype=torch.double)
+    inputs = maps.requires_grad_(), weights.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, weight: WideDepthwise.apply(x, weight, stride), inputs)
 
 
 def test_global_average_is_the_mean_and_so_is_its_gradient() -> None:

@@ -288,6 +288,7 @@ def test_a_missing_launch_configuration_is_one_line(write: Callable[..., Path], 
     assert refused(result, f"error: {path}: No such file")
 
 
+ON_A_CPU = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "GLIBC_TUNABLES"}
 ON_THE_CPU = "--cpu --num_processes 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -307,15 +308,15 @@ def test_a_launch_is_as_near_to_its_configuration_as_the_machine_allows(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(micronet, "usable_cores", lambda: cores)
     console = micronet.Screen(file=io.StringIO(), width=300)
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name in ON_A_CPU:
+        monkeypatch.delenv(name, raising=False)
     launch = micronet.plan_launch(path, console)
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     assert launch.command == start + added.split() and launch.environment.get("OMP_NUM_THREADS") == threads
     assert launch.environment.get("ACCELERATE_USE_CPU") == ("1" if use_cpu else None)
     assert console.file.getvalue() == (f"{path} asks for 2 GPUs, this machine has {said}\n" if said else "")
-    on_cpu = launch.environment.keys() & {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "GLIBC_TUNABLES"}
-    assert len(on_cpu) == (3 if threads else 0)
-    for name in on_cpu:
+    assert launch.environment.keys() & ON_A_CPU == (ON_A_CPU if threads else set())
+    for name in ON_A_CPU:
         monkeypatch.setenv(name, "3")
         assert micronet.plan_launch(path, console).environment[name] == "3"
 

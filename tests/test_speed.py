@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import json
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -84,18 +85,26 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MODE = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
 
 
-@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.35"), reason="no such setting of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35", reason="no such glibc")
 @pytest.mark.skipif("[madvise]" not in MODE, reason="the kernel gives huge pages to all or to none")
-def test_a_launched_process_asks_for_huge_pages() -> None:
-    """As /proc has it: "hg" among the flags of the heap, which the kernel may then map in huge pages."""
-    program = "import micronet, torch; micronet.keep_freed_memory(); maps = torch.ones(2**24)\n"
-    program += "print(open('/proc/self/smaps').read().split('[heap]')[1].split('VmFlags:')[1].split('\\n')[0])"
+def test_a_launched_stage_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /proc has it: "hg" among the flags of the memory that a tensor lies in, beside what keeps freed memory."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     launch = micronet.plan_launch(ROOT / "accelerate_config.yaml", micronet.new_console(quiet=True))
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import micronet, torch; micronet.keep_freed_memory()\n"
+    program += "maps = torch.ones(2**24); print(maps.data_ptr(), open('/proc/self/smaps').read(), sep='\\n')"
     asked = []
-    for environment in (launch.environment, {**launch.environment, "GLIBC_TUNABLES": ""}):
+    for environment in (launch.environment, launch.environment | {"GLIBC_TUNABLES": ""}):
         command = [sys.executable, "-c", program]
-        flags = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        asked.append("hg" in flags.split())
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        pointer, *lines = said.splitlines()
+        inside = False
+        for line in lines:
+            if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(span[1], 16) <= int(pointer) < int(span[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                asked.append("hg" in line.split())
     assert asked == [True, False]
 
 
