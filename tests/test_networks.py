@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import efficientnet_b0
 
 from micronet import (
-    Conv2dSame, Cosine, GlobalAverage, MBConv, WideDepthwise, initialize, margin_loss, refined_loss, scaled_channels,
+    Conv2dSame, Cosine, GlobalAverage, MBConv, WideDepthwise, initialize, margin_loss, project_gated, refined_loss, scaled_channels,
 )  # fmt: skip
 
 
@@ -87,6 +87,31 @@ def test_the_gradient_of_wide_weights_is_right_for_maps_of_any_size(size: tuple[
     maps, weights = torch.randn(2, 3, *size, dtype=torch.double), torch.randn(3, 1, 5, 5, dtype=torch.double)
     inputs = maps.requires_grad_(), weights.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: WideDepthwise.apply(x, weight, stride), inputs)
+
+
+@pytest.mark.parametrize(("outputs", "side", "few"), [(8, 8, True), (16, 8, False), (16, 12, True)])
+def test_gates_in_the_weights_are_gates_before_them(
+    outputs: int, side: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients of a block in training against its layers one after the other, in float64."""
+    asked = []
+    monkeypatch.setattr("micronet.project_gated", lambda *args: asked.append(1) or project_gated(*args))
+    block = MBConv(8, outputs, 6, 3, 1, 0.0).double().train()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    found = []
+    for run in (block, block.layers):
+        x = torch.randn(3, 8, side, side, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = run(x) - (x if run is block and block.has_skip else 0)
+        upon = torch.randn(y.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        inputs = [x, *block.parameters()]
+        found.append([y, *torch.autograd.grad(y, inputs, upon)])
+        assert y.is_contiguous(memory_format=torch.channels_last) and bool(asked) is few
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    block.eval()(x)
+    assert len(asked) == few  # not as a teacher
 
 
 def test_global_average_is_the_mean_and_so_is_its_gradient() -> None:
