@@ -101,12 +101,13 @@ def test_gates_in_the_weights_are_gates_before_them(
         nn.init.normal_(parameter)
     found = []
     for run in (block, block.layers):
-        x = torch.randn(3, 8, side, side, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        block.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm2d) else None)
+        x = torch.randn(3, 8, side // 2, side * 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
         y = run(x) - (x if run is block and block.has_skip else 0)
         upon = torch.randn(y.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
         inputs = [x, *block.parameters()]
-        found.append([y, *torch.autograd.grad(y, inputs, upon)])
+        found.append([y, *torch.autograd.grad(y, inputs, upon), *(buffer.clone() for buffer in block.buffers())])
         assert y.is_contiguous(memory_format=torch.channels_last) and bool(asked) is few
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
