@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.models import efficientnet_b0
 
 from micronet import (
-    Conv2dSame, Cosine, GlobalAverage, MBConv, WideDepthwise, initialize, margin_loss, project_gated, refined_loss, scaled_channels,
+    Conv2dSame, Cosine, GlobalAverage, MBConv, WideDepthwise, initialize, margin_loss, project_gated, refined_loss,
+    scaled_channels,
 )  # fmt: skip
 
 

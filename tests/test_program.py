@@ -288,7 +288,7 @@ def test_a_missing_launch_configuration_is_one_line(write: Callable[..., Path], 
     assert refused(result, f"error: {path}: No such file")
 
 
-ON_A_CPU = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "GLIBC_TUNABLES"}
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "GLIBC_TUNABLES"}
 ON_THE_CPU = "--cpu --num_processes 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -308,15 +308,15 @@ def test_a_launch_is_as_near_to_its_configuration_as_the_machine_allows(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(micronet, "usable_cores", lambda: cores)
     console = micronet.Screen(file=io.StringIO(), width=300)
-    for name in ON_A_CPU:
+    for name in CPU_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     launch = micronet.plan_launch(path, console)
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
     assert launch.command == start + added.split() and launch.environment.get("OMP_NUM_THREADS") == threads
     assert launch.environment.get("ACCELERATE_USE_CPU") == ("1" if use_cpu else None)
     assert console.file.getvalue() == (f"{path} asks for 2 GPUs, this machine has {said}\n" if said else "")
-    assert launch.environment.keys() & ON_A_CPU == (ON_A_CPU if threads else set())
-    for name in ON_A_CPU:
+    assert launch.environment.keys() & CPU_ENVIRONMENT == (CPU_ENVIRONMENT if threads else set())
+    for name in CPU_ENVIRONMENT:
         monkeypatch.setenv(name, "3")
         assert micronet.plan_launch(path, console).environment[name] == "3"
 

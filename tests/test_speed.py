@@ -82,11 +82,11 @@ def test_a_teacher_works_in_place_and_answers_with_the_same_bits() -> None:
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-MODE = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
+HUGE_PAGE_MODE = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35", reason="no such glibc")
-@pytest.mark.skipif("[madvise]" not in MODE, reason="the kernel gives huge pages to all or to none")
+@pytest.mark.skipif("[madvise]" not in HUGE_PAGE_MODE, reason="the kernel gives huge pages to all or to none")
 def test_a_launched_stage_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """As /proc has it: "hg" among the flags of the memory that a tensor lies in, beside what keeps freed memory."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -109,7 +109,7 @@ def test_a_launched_stage_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-@pytest.mark.skipif("[always]" in MODE, reason="huge pages hide the faults")
+@pytest.mark.skipif("[always]" in HUGE_PAGE_MODE, reason="huge pages hide the faults")
 def test_a_command_that_computes_keeps_freed_memory() -> None:
     """Without that, every one of these tensors would be faulted in anew: 16,384 pages each."""
     assert invoke("evaluate", "missing.safetensors").exit_code == 3
